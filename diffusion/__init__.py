@@ -1,0 +1,1 @@
+"""Noise schedule, training objective and sampler; knows the network only by its two methods."""

@@ -1,0 +1,94 @@
+"""The training objective, shared by training and validation."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.schedule import DiffusionSchedule
+
+
+class LossTerms(NamedTuple):
+    """Per-clip losses, each [B] float32; `total` is what training averages and differentiates."""
+
+    total: Tensor
+    v_mse: Tensor
+    temporal_l1: Tensor
+
+
+class TrainingNoise(NamedTuple):
+    """What one training step draws: t [B] long, eps [B,C,M,H,W], dropped [B] bool (contexts to be blanked)."""
+
+    t: Tensor
+    eps: Tensor
+    dropped: Tensor
+
+
+def sample_training_noise(
+    middle: Tensor,
+    timesteps: int,
+    generator: torch.Generator,
+    cfg_drop_prob: float = 0.0,
+    noise_offset: float = 0.0,
+) -> TrainingNoise:
+    """Draw a training step's indices, noise and dropped clips, on the device of `generator`, moved to that of `middle`.
+
+    Args:
+        middle: clean middle frames, [B,C,M,H,W]; only its shape and device count.
+        timesteps: length of the noise schedule; t is uniform over [0, timesteps).
+        generator: source of all three draws.
+        cfg_drop_prob: chance per clip of dropping both contexts.
+        noise_offset: standard deviation of a constant added to eps per clip and channel; 0 = none.
+    """
+    b, c = middle.shape[:2]
+    device = generator.device
+    t = torch.randint(timesteps, (b,), generator=generator, device=device)
+    eps = torch.randn(middle.shape, generator=generator, device=device)
+    dropped = torch.rand(b, generator=generator, device=device) < cfg_drop_prob
+    if noise_offset:
+        eps += noise_offset * torch.randn(b, c, 1, 1, 1, generator=generator, device=device)
+    return TrainingNoise(t.to(middle.device), eps.to(middle.device), dropped.to(middle.device))
+
+
+def drop_contexts(start_context: Tensor, end_context: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Both contexts with those of the `dropped` clips ([B] bool) replaced by zeros: guidance's unconditional branch."""
+    kept = ~dropped.view(-1, 1, 1, 1, 1)
+    return start_context * kept, end_context * kept
+
+
+def temporal_l1(x0_hat: Tensor, x0: Tensor) -> Tensor:
+    """L1 between the frame differences of predicted and true middle, [B]; 0 for a single frame, which has none."""
+    if x0.shape[2] == 1:
+        return x0.new_zeros(x0.shape[0])
+    return (x0_hat.diff(dim=2) - x0.diff(dim=2)).abs().flatten(1).mean(1)
+
+
+def diffusion_loss(
+    model: nn.Module,
+    schedule: DiffusionSchedule,
+    start_context: Tensor,
+    middle: Tensor,
+    end_context: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    temporal_loss_weight: float = 0.0,
+) -> LossTerms:
+    """MSE on v plus the weighted temporal term, per clip, in float32 whatever the network computed in.
+
+    Args:
+        model: called as model(x_t, t, start_context, end_context) -> v.
+        schedule: gives x_t and v their meaning.
+        start_context: [B,C,K,H,W] in [-1, 1]; zeros for a dropped clip.
+        middle: the x0 to predict, [B,C,M,H,W] in [-1, 1].
+        end_context: as start_context.
+        t: diffusion index per clip, [B] long.
+        eps: noise, the shape of `middle`.
+        temporal_loss_weight: factor of the L1 between frame differences; 0 = v alone.
+
+    Raises: ValueError: if t is not one index per clip.
+    """
+    x_t = schedule.add_noise(middle, eps, t)
+    v_hat = model(x_t, t, start_context, end_context).float()
+    v_mse = (v_hat - schedule.v_from(middle, eps, t)).square().flatten(1).mean(1)  # [B]
+    motion = temporal_l1(schedule.x0_from_v(x_t, v_hat, t), middle)  # [B]
+    return LossTerms(v_mse + temporal_loss_weight * motion, v_mse, motion)

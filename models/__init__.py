@@ -1,0 +1,1 @@
+"""The network: (x_t, t, start_context, end_context) -> v."""

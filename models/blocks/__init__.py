@@ -1,0 +1,1 @@
+"""Residual units on [B,C,M,H,W]."""

@@ -1,0 +1,1 @@
+"""Layers without a residual and without a notion of U-Net level."""

@@ -1,0 +1,227 @@
+"""VideoUNet3D: a 3-D U-Net over the middle frames, steered by both contexts through FiLM.
+
+Reads like the figure in the README: stem, down levels, bottleneck, up levels, output.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.blocks.attention3d import TemporalAttentionBlock
+from models.blocks.resnet3d import Downsample, ResBlock3D, Upsample
+from models.conditioning_encoder import ContextFeatures, EndpointEncoder
+from models.modules.film import FiLM
+from models.modules.temporal_attention import sinusoidal_embedding
+
+ATTENTION_HEADS = 4
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, then temporal attention where asked."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, res_blocks: int, attention: bool):
+        super().__init__()
+        inputs = [in_channels] + [out_channels] * (res_blocks - 1)
+        self.blocks = nn.ModuleList(ResBlock3D(channels, out_channels, time_channels) for channels in inputs)
+        self.attention = TemporalAttentionBlock(out_channels, ATTENTION_HEADS) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
+        """[B,C_in,M,H,W] -> [B,C_out,M,H,W]."""
+        for block in self.blocks:
+            x = block(x, time_embedding)
+        return self.attention(x)
+
+
+class VideoUNet3D(nn.Module):
+    """Predicts the velocity of noisy middle frames given both contexts.
+
+    Args:
+        image_channels: 3 for RGB, 1 for gray.
+        base_channels: width C of the first level, a multiple of 4.
+        channel_mults: width of each level in units of C; its length is the number of levels.
+        res_blocks: residual blocks per level and direction.
+        temporal_attn_levels: levels with temporal attention (the bottleneck always has it).
+        endpoint_context: observed frames K at each end.
+
+    Raises: ValueError: for widths that do not divide into attention heads, or a level that does not exist.
+    """
+
+    def __init__(
+        self,
+        image_channels: int = 3,
+        base_channels: int = 96,
+        channel_mults: Sequence[int] = (1, 2, 4),
+        res_blocks: int = 2,
+        temporal_attn_levels: Sequence[int] = (1, 2),
+        endpoint_context: int = 2,
+    ):
+        super().__init__()
+        check_architecture(base_channels, channel_mults, res_blocks, temporal_attn_levels, endpoint_context)
+        self.image_channels = image_channels
+        self.base_channels = base_channels
+        self.endpoint_context = endpoint_context
+        widths = [base_channels * mult for mult in channel_mults]
+        time_channels = 4 * base_channels
+
+        self.time_mlp = nn.Sequential(
+            nn.Linear(base_channels, time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels)
+        )
+        self.endpoint_encoder = EndpointEncoder(image_channels, endpoint_context, base_channels, widths)
+
+        self.stem = nn.Conv3d(3 * image_channels, base_channels, 3, padding=1)  # x_t and the two nearest frames
+        self.stem_film = FiLM(base_channels, base_channels)
+
+        self.down_films, self.down_levels, self.downsamples = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.skip_films, self.up_films = nn.ModuleList(), nn.ModuleList()
+        self.up_levels, self.upsamples = nn.ModuleList(), nn.ModuleList()
+        for i, width in enumerate(widths):
+            above = widths[i - 1] if i else base_channels
+            below = widths[i + 1] if i + 1 < len(widths) else width
+            attention = i in temporal_attn_levels
+            self.down_films.append(FiLM(width, above))
+            self.down_levels.append(Level(above, width, time_channels, res_blocks, attention))
+            self.downsamples.append(Downsample(width))
+            self.skip_films.append(FiLM(width, width))
+            self.upsamples.append(Upsample(below, width))
+            self.up_levels.append(Level(2 * width, width, time_channels, res_blocks, attention))
+            self.up_films.append(FiLM(width, width))
+
+        self.bottleneck_film = FiLM(widths[-1], widths[-1])
+        self.bottleneck_in = ResBlock3D(widths[-1], widths[-1], time_channels)
+        self.bottleneck_attention = TemporalAttentionBlock(widths[-1], ATTENTION_HEADS)
+        self.bottleneck_out = ResBlock3D(widths[-1], widths[-1], time_channels)
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(math.gcd(32, base_channels), base_channels),
+            nn.SiLU(),
+            nn.Conv3d(base_channels, image_channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].bias)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this: every level halves them."""
+        return 2 ** len(self.down_levels)
+
+    def encode_contexts(self, start_context: Tensor, end_context: Tensor) -> ContextFeatures:
+        """Everything `denoise` needs of the observed frames; independent of x_t and t, so done once per clip.
+
+        Args:
+            start_context: [B,C,K,H,W] in [-1, 1]; zeros for the unconditional branch.
+            end_context: the same shape.
+
+        Raises: ValueError: naming the expected and the given shape, or a size that the levels do not divide.
+        """
+        for name, context in (("start_context", start_context), ("end_context", end_context)):
+            self._check_frames(name, context, self.endpoint_context)
+        if start_context.shape != end_context.shape:
+            raise ValueError(
+                "start_context and end_context must have one shape "
+                f"(got {tuple(start_context.shape)} and {tuple(end_context.shape)})"
+            )
+        return self.endpoint_encoder(start_context, end_context)
+
+    def denoise(self, x_t: Tensor, t: Tensor, features: ContextFeatures) -> Tensor:
+        """The velocity of x_t.
+
+        Args:
+            x_t: noisy middle frames, [B,C,M,H,W], any M >= 1.
+            t: diffusion index per clip, [B] long.
+            features: of `encode_contexts`, for the same clips.
+
+        Returns: v, [B,C,M,H,W].
+        Raises: ValueError: if x_t does not fit the image channels or the contexts' batch and size.
+        """
+        self._check_frames("x_t", x_t)
+        if x_t.shape[:1] + x_t.shape[3:] != features.nearest.shape[:1] + features.nearest.shape[2:]:
+            raise ValueError(
+                "x_t must have the batch, height and width of its contexts "
+                f"(got x_t {tuple(x_t.shape)}, nearest observed frames {tuple(features.nearest.shape)})"
+            )
+        time_embedding = self.time_mlp(sinusoidal_embedding(t, self.base_channels).to(x_t.dtype))  # [B,4C]
+        nearest = features.nearest.unsqueeze(2).expand(-1, -1, x_t.shape[2], -1, -1)  # [B,2*C_img,M,H,W]
+        x = self.stem(torch.cat([x_t, nearest], dim=1))  # [B,C,M,H,W]
+        x = self.stem_film(x, features.stem)
+
+        skips = []
+        for condition, film, level, skip_film, downsample in zip(
+            features.levels, self.down_films, self.down_levels, self.skip_films, self.downsamples, strict=True
+        ):
+            x = level(film(x, condition), time_embedding)  # [B,L[i],M,H/2^i,W/2^i]
+            skips.append(skip_film(x, condition))
+            x = downsample(x)
+
+        x = self.bottleneck_film(x, features.bottleneck)  # [B,L[-1],M,H/2^n,W/2^n]
+        x = self.bottleneck_in(x, time_embedding)
+        x = self.bottleneck_attention(x)
+        x = self.bottleneck_out(x, time_embedding)
+
+        for i in reversed(range(len(self.up_levels))):
+            x = torch.cat([self.upsamples[i](x), skips[i]], dim=1)  # [B,2*L[i],M,H/2^i,W/2^i]
+            x = self.up_levels[i](x, time_embedding)
+            x = self.up_films[i](x, features.levels[i])
+        return self.out(x)
+
+    def forward(self, x_t: Tensor, t: Tensor, start_context: Tensor, end_context: Tensor) -> Tensor:
+        """`encode_contexts`, then `denoise`: what training calls."""
+        return self.denoise(x_t, t, self.encode_contexts(start_context, end_context))
+
+    def _check_frames(self, name: str, frames: Tensor, count: int | None = None) -> None:
+        expected = f"[B,{self.image_channels},{count or 'M'},H,W]"
+        if frames.dim() != 5 or frames.shape[1] != self.image_channels or count not in (None, frames.shape[2]):
+            raise ValueError(f"{name} must be {expected} for this network (got {tuple(frames.shape)})")
+        if frames.shape[3] % self.size_multiple or frames.shape[4] % self.size_multiple:
+            raise ValueError(
+                f"{name}: height and width must be divisible by {self.size_multiple}, "
+                f"as {len(self.down_levels)} levels halve them (got {frames.shape[3]}x{frames.shape[4]})"
+            )
+
+
+def check_architecture(
+    base_channels: int,
+    channel_mults: Sequence[int],
+    res_blocks: int,
+    temporal_attn_levels: Sequence[int],
+    endpoint_context: int,
+) -> None:
+    """Refuse what cannot be built, in the words of the training script's flags.
+
+    Raises: ValueError: naming the flag, the rule and the value.
+    """
+    if base_channels < 4 or base_channels % ATTENTION_HEADS:
+        raise ValueError(f"--base_channels must be a positive multiple of {ATTENTION_HEADS} (got {base_channels})")
+    if not channel_mults or min(channel_mults) < 1:
+        raise ValueError(f"--channel_mults must be one or more positive integers (got {list(channel_mults)})")
+    if res_blocks < 1:
+        raise ValueError(f"--res_blocks must be at least 1 (got {res_blocks})")
+    if endpoint_context < 1:
+        raise ValueError(f"--endpoint_context must be at least 1 (got {endpoint_context})")
+    unknown = [level for level in temporal_attn_levels if not 0 <= level < len(channel_mults)]
+    if unknown:
+        raise ValueError(
+            f"--temporal_attn_levels must lie in [0, {len(channel_mults) - 1}], the levels of --channel_mults "
+            f"(got {unknown[0]})"
+        )
+
+
+MODEL_CONFIG_KEYS = frozenset(
+    ("image_channels", "base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "endpoint_context")
+)
+
+
+def build_model(model_config: Mapping[str, Any]) -> VideoUNet3D:
+    """The one place where a network is made: by training from its flags, by everything else from a checkpoint.
+
+    Args:
+        model_config: exactly the keys of MODEL_CONFIG_KEYS, the arguments of VideoUNet3D.
+
+    Raises: ValueError: for a missing or unknown key, or a value that cannot be built.
+    """
+    if set(model_config) != MODEL_CONFIG_KEYS:
+        difference = sorted(MODEL_CONFIG_KEYS.symmetric_difference(model_config))
+        raise ValueError(f"model_config must have the keys {sorted(MODEL_CONFIG_KEYS)} (differs in {difference})")
+    return VideoUNet3D(**model_config)
