@@ -1,0 +1,1 @@
+"""MP4 files in, uint8 clips out."""

@@ -1,0 +1,101 @@
+"""Decoded, resized frames of all videos in one memory-mapped file, shared by every worker and by later runs."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.kinetics_video_dataset import DecodedFrames, Video, stamp
+from data.video_reader import DECODE_ERRORS
+
+DISK_MARGIN = 2**28  # bytes that a cache leaves free
+
+
+class CachedFrames:
+    """A FrameSource that copies frames out of a memory map: uint8, frame after frame, video after video.
+
+    The cache is made on first use and found again by the files' paths, sizes and times, the frame size and the
+    colours. Only its path travels to worker processes; each maps it for itself.
+
+    Args:
+        videos: usable files, all that will be asked for.
+        size: height and width of a frame.
+        color_mode: "rgb" or "gray".
+        cache_dir: where the file is kept.
+        workers: files decoded at once while it is made.
+
+    Raises: ValueError: if the disk has no room for it.
+    """
+
+    def __init__(self, videos: Sequence[Video], size: int, color_mode: str, cache_dir: str | Path, workers: int = 1):
+        self.frame_shape = (1 if color_mode == "gray" else 3, size, size)
+        identity = [[video.path, *stamp(Path(video.path)), video.info.frames] for video in videos]
+        key = hashlib.blake2b(json.dumps([identity, size, color_mode]).encode(), digest_size=8).hexdigest()
+        self.path = Path(cache_dir) / f"frames_{key}.u8"
+        counts_path = self.path.with_suffix(".json")
+        total = sum(video.info.frames for video in videos)
+        if not (self.path.is_file() and counts_path.is_file()):
+            self._check_disk(total)
+            cached = self._write(videos, DecodedFrames(size, color_mode), total, workers)
+            counts_path.write_text(json.dumps(cached))
+        cached = json.loads(counts_path.read_text())
+        starts = np.cumsum([0] + [video.info.frames for video in videos]).tolist()
+        self.places = {
+            video.path: (start, count) for video, start, count in zip(videos, starts[:-1], cached, strict=True)
+        }
+        self.total = total
+        self._map: np.memmap | None = None
+
+    def read(self, video: Video, wanted: Sequence[int]) -> Tensor:
+        """See FrameSource."""
+        start, count = self.places[video.path]
+        if wanted[-1] >= count:
+            raise ValueError(f"only {count} of {video.info.frames} frames could be cached")
+        if self._map is None:
+            self._map = np.memmap(self.path, np.uint8, "r", shape=(self.total, *self.frame_shape))
+        frames = self._map[[start + number for number in wanted]]  # [T,C,H,W], copied
+        return torch.from_numpy(frames).transpose(0, 1)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_map": None}
+
+    def _check_disk(self, total: int) -> None:
+        needed = total * int(np.prod(self.frame_shape)) + DISK_MARGIN
+        free = shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise ValueError(
+                f"--cache_videos needs {needed / 2**30:.1f} GiB in --cache_dir {self.path.parent} "
+                f"(got {free / 2**30:.1f} GiB free)"
+            )
+
+    def _write(self, videos: Sequence[Video], source: DecodedFrames, total: int, workers: int) -> list[int]:
+        """Decode everything into a temporary file, rename it, and return the frames cached per video."""
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        starts = np.cumsum([0] + [video.info.frames for video in videos])
+        try:
+            memory = np.memmap(temporary, np.uint8, "w+", shape=(total, *self.frame_shape))
+
+            def fill(i: int) -> int:
+                video = videos[i]
+                try:
+                    clip = source.read(video, range(video.info.frames))
+                except DECODE_ERRORS:
+                    return 0  # changed since it was indexed: the dataset will replace it
+                memory[starts[i] : starts[i + 1]] = clip.transpose(0, 1).numpy()
+                return video.info.frames
+
+            with ThreadPoolExecutor(max(1, workers)) as pool:
+                cached = list(tqdm(pool.map(fill, range(len(videos))), "caching", len(videos), disable=None))
+            memory.flush()
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return cached

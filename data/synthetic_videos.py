@@ -1,0 +1,196 @@
+"""The built-in dataset: a gripper that pushes coloured blocks over a table, rendered once as real MP4 files.
+
+The blocks move only by contact, so what happened between two observations follows from both of them, while a
+cross-fade shows every moving thing twice, half transparent.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+SIZE, FRAMES, FPS = 64, 30, 10
+TRAIN_CLIPS, VAL_CLIPS = 240, 24
+RENDER_VERSION = 1  # part of the folder's name: change it whenever the pictures change
+GRIPPER_RADIUS = 0.1  # in units of the picture's width, as are all lengths here
+SUBSTEPS = 4
+PALETTE = np.array(
+    [[214, 40, 40], [36, 100, 210], [40, 160, 70], [240, 190, 30], [150, 60, 180], [20, 170, 180], [235, 120, 30]]
+)
+
+
+def make_synthetic_videos(root: str | Path, save_clip: Callable[[Path, Tensor, int], None], workers: int = 1) -> Path:
+    """Render the dataset below `root` unless it is there already.
+
+    Args:
+        root: folder for data sets; this one gets a folder of its own, with train/ and val/.
+        save_clip: writes a uint8 clip [3,T,H,W] at so many frames per second.
+        workers: clips rendered at once.
+
+    Returns: the dataset's folder.
+    Raises: ValueError: if it cannot be written.
+    """
+    folder = Path(root) / f"synthetic_push_v{RENDER_VERSION}"
+    if folder.is_dir():
+        return folder
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    jobs = [("train", i) for i in range(TRAIN_CLIPS)] + [("val", i) for i in range(VAL_CLIPS)]
+
+    def make(job: tuple[str, int]) -> None:
+        side, i = job
+        save_clip(temporary / side / f"{i:05d}.mp4", render_clip(i if side == "train" else 1_000_000 + i), FPS)
+
+    try:
+        for side in ("train", "val"):
+            (temporary / side).mkdir(parents=True)
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for _ in tqdm(pool.map(make, jobs), "rendering the built-in clips", len(jobs), disable=None):
+                pass
+        temporary.replace(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another run was faster
+            raise ValueError(f"--cache_dir {root}: the built-in clips cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def render_clip(seed: int) -> Tensor:
+    """One clip, uint8 [3,FRAMES,SIZE,SIZE], a function of the seed alone."""
+    rng = np.random.default_rng([2026, seed])
+    blocks = draw_blocks(rng)
+    gripper, centres, angles = simulate(rng, blocks["radius"])
+    return render(rng, gripper, centres, angles, blocks)
+
+
+def draw_blocks(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Radius of the contact circle and colour of two to four blocks."""
+    count = int(rng.integers(2, 5))
+    return {
+        "radius": rng.uniform(0.09, 0.14, count).astype(np.float32),
+        "colour": PALETTE[rng.permutation(len(PALETTE))[:count]] * rng.uniform(0.85, 1.0, (count, 1)),
+    }
+
+
+def simulate(rng: np.random.Generator, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quasi-static pushing: a block moves only when touched. Gripper [T,2], block centres [T,N,2], angles [T,N]."""
+    centres = scatter(rng, radius)
+    angles = rng.uniform(-math.pi, math.pi, len(radius))
+    position = rng.uniform(0.15, 0.85, 2)
+    speed = rng.uniform(0.05, 0.07)  # per frame: 3.2 to 4.5 pixels of 64
+    waypoints: list[np.ndarray] = []
+    record = []
+    for _ in range(FRAMES):
+        record.append((position.copy(), centres.copy(), angles.copy()))
+        for _ in range(SUBSTEPS):
+            if not waypoints:
+                waypoints = plan_push(rng, position, centres, radius)
+            step = waypoints[0] - position
+            distance = float(np.hypot(*step))
+            if distance < speed / SUBSTEPS:
+                waypoints.pop(0)
+            else:
+                position = position + step / distance * speed / SUBSTEPS
+            resolve_contacts(position, centres, angles, radius)
+    return tuple(np.stack(series).astype(np.float32) for series in zip(*record, strict=True))
+
+
+def scatter(rng: np.random.Generator, radius: np.ndarray) -> np.ndarray:
+    """Block centres [N,2] that do not overlap where possible."""
+    centres = []
+    for r in radius:
+        for _ in range(100):
+            centre = rng.uniform(0.15, 0.85, 2)
+            if all(np.hypot(*(centre - c)) > r + q + 0.02 for c, q in zip(centres, radius, strict=False)):
+                break
+        centres.append(centre)
+    return np.array(centres)
+
+
+def plan_push(
+    rng: np.random.Generator, position: np.ndarray, centres: np.ndarray, radius: np.ndarray
+) -> list[np.ndarray]:
+    """Waypoints: the near side of a random block, then through it."""
+    target = int(rng.integers(len(radius)))
+    heading = centres[target] - position + rng.normal(0, 0.1, 2)
+    heading /= max(float(np.hypot(*heading)), 1e-6)
+    touch = centres[target] - heading * (radius[target] + GRIPPER_RADIUS)
+    return [np.clip(p, 0.08, 0.92) for p in (touch, centres[target] + heading * rng.uniform(0.15, 0.35))]
+
+
+def resolve_contacts(position: np.ndarray, centres: np.ndarray, angles: np.ndarray, radius: np.ndarray) -> None:
+    """Push overlapping circles apart, in place: blocks off the gripper, off each other, and off the table's edge."""
+    for i, r in enumerate(radius):
+        away = centres[i] - position
+        overlap = r + GRIPPER_RADIUS - float(np.hypot(*away))
+        if overlap > 0:
+            normal = away / max(float(np.hypot(*away)), 1e-6)
+            centres[i] += normal * overlap
+            angles[i] += 3 * overlap * math.copysign(1, normal[0] * normal[1])  # friction turns it a little
+    for i in range(len(radius)):
+        for j in range(i):
+            away = centres[i] - centres[j]
+            overlap = radius[i] + radius[j] - float(np.hypot(*away))
+            if overlap > 0:
+                normal = away / max(float(np.hypot(*away)), 1e-6)
+                centres[i] += normal * overlap / 2
+                centres[j] -= normal * overlap / 2
+    np.clip(centres, radius[:, None], 1 - radius[:, None], out=centres)
+
+
+def render(
+    rng: np.random.Generator,
+    gripper: np.ndarray,
+    centres: np.ndarray,
+    angles: np.ndarray,
+    blocks: dict[str, np.ndarray],
+) -> Tensor:
+    """Paint table, blocks, then the arm above them, with edges antialiased by signed distance."""
+    y, x = (np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5) / SIZE
+    picture = np.broadcast_to(draw_table(rng, x, y), (FRAMES, SIZE, SIZE, 3)).copy()
+
+    def paint(distance: np.ndarray, colour: np.ndarray, opacity: float = 1.0) -> None:
+        touched = distance < 0.5 / SIZE  # [T,H,W]: few pixels, so the blending is confined to them
+        cover = np.clip(0.5 - distance[touched] * SIZE, 0, 1)[:, None] * np.float32(opacity)
+        picture[touched] += cover * (np.asarray(colour, np.float32) - picture[touched])
+
+    for n, (r, colour) in enumerate(zip(blocks["radius"], blocks["colour"], strict=True)):
+        dx, dy = x - centres[:, n, 0, None, None], y - centres[:, n, 1, None, None]  # [T,H,W]
+        paint(np.hypot(dx - 0.015, dy - 0.02) - r, (0, 0, 0), 0.25)
+        cos, sin = np.cos(angles[:, n, None, None]), np.sin(angles[:, n, None, None])
+        across, along = np.abs(cos * dx + sin * dy), np.abs(cos * dy - sin * dx)
+        paint(np.maximum(across, along) - 0.8 * r, colour)
+        paint(np.maximum(across, along) - 0.45 * r, np.minimum(colour * 1.25, 255))  # a lighter top
+
+    base = np.array([0.5 + rng.uniform(-0.15, 0.15), -0.1], np.float32)
+    arm = rng.uniform(30, 80) * np.array([1, 1, 1.15])
+    tip = gripper[:, None, None, :]  # [T,1,1,2]
+    paint(segment_distance(x - 0.03, y - 0.04, base, tip) - 0.075, (0, 0, 0), 0.25)
+    paint(segment_distance(x, y, base, tip) - 0.065, arm)
+    paint(np.hypot(x - tip[..., 0], y - tip[..., 1]) - GRIPPER_RADIUS, arm * 0.6)
+    paint(np.hypot(x - tip[..., 0], y - tip[..., 1]) - 0.45 * GRIPPER_RADIUS, (225, 225, 230))
+    return torch.from_numpy(np.rint(picture).clip(0, 255).astype(np.uint8)).permute(3, 0, 1, 2)
+
+
+def draw_table(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A lit table top with a faint grain, [H,W,3] float32."""
+    tint = np.array([178, 160, 140], np.float32) * rng.uniform(0.85, 1.15) + rng.uniform(-15, 15, 3).astype(np.float32)
+    slope = rng.uniform(-0.2, 0.2, 2)
+    light = 1 + slope[0] * (x - 0.5) + slope[1] * (y - 0.5)
+    grain = 5 * np.sin(2 * math.pi * (rng.uniform(3, 8) * y + rng.uniform(0.5, 2) * x + rng.uniform()))
+    return (light[..., None] * tint + grain[..., None]).astype(np.float32)
+
+
+def segment_distance(x: np.ndarray, y: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Distance of each pixel [H,W] to the segments from `start` [2] to `end` [T,1,1,2]: [T,H,W]."""
+    along = end - start
+    px, py = x - start[0], y - start[1]
+    share = np.clip((px * along[..., 0] + py * along[..., 1]) / (along**2).sum(-1), 0, 1)
+    return np.hypot(px - share * along[..., 0], py - share * along[..., 1])

@@ -1,0 +1,157 @@
+"""Frame-accurate decoding of MP4 files with PyAV.
+
+Frames are numbered by what a full decode yields, never by timestamps times rate: variable rates, edit lists and
+damaged packets then need no special case. Every decoder runs on one thread, since loading is parallel over files.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+
+MAX_FRAME_PIXELS = 4096 * 4096  # refused before decoding: one 8192x8192 frame costs 360 MB
+DECODE_ERRORS = (av.FFmpegError, OSError, ValueError)
+
+
+class VideoInfo(NamedTuple):
+    """What one full decode found.
+
+    Attributes:
+        frames: how many came out.
+        width: of a frame as coded, in pixels, before rotation.
+        height: likewise.
+        rotation: degrees counter-clockwise that a frame is to be turned for display.
+        rate: average frames per second, 0 if the file does not say.
+        keyframes: (frame number, timestamp) of the places where decoding can start, the first frame excepted; empty
+            for a damaged file, which is always decoded from its start.
+        damage: why packets were lost, "" if none were.
+    """
+
+    frames: int
+    width: int
+    height: int
+    rotation: int
+    rate: float
+    keyframes: list[tuple[int, int]]
+    damage: str
+
+
+class VideoFile:
+    """An open MP4: forced demuxer, local files only, one decoding thread, frame size checked before decoding.
+
+    Raises: ValueError: naming the reason, if it is no regular file, no MP4, has no video, or too large frames.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path).absolute()
+        if not path.is_file():  # a FIFO or device would block for ever
+            raise ValueError("not a regular file")
+        self.container = av.open(str(path), format="mp4", options={"protocol_whitelist": "file"})
+        try:
+            if not self.container.streams.video:
+                raise ValueError("no video stream")
+            self.stream = self.container.streams.video[0]
+            context = self.stream.codec_context
+            if context is None:
+                raise ValueError("unknown video codec")
+            self.stream.thread_type = "NONE"
+            context.thread_count = 1
+            if context.width * context.height > MAX_FRAME_PIXELS:
+                raise ValueError(
+                    f"a frame may have {MAX_FRAME_PIXELS} pixels at most (got {context.width}x{context.height})"
+                )
+            context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # for a change of size in mid-stream
+        except BaseException:
+            self.container.close()
+            raise
+        self.lost: list[str] = []
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.container.close()
+
+    def decode(self) -> Iterator[av.VideoFrame]:
+        """Every frame that comes out, in display order; packets that fail are noted in `lost` and skipped."""
+        for packet in self.container.demux(self.stream):
+            try:
+                yield from packet.decode()
+            except DECODE_ERRORS as error:
+                self.lost.append(type(error).__name__)
+
+    def seek(self, timestamp: int) -> None:
+        """Go to the last place at or before `timestamp` (stream time base) where decoding can start."""
+        self.container.seek(timestamp, stream=self.stream, backward=True)
+
+
+def probe_video(path: str | Path) -> VideoInfo:
+    """Decode a whole file once and say what is in it.
+
+    Raises: ValueError: with the reason, if nothing can be decoded; av.FFmpegError or OSError if it cannot be opened.
+    """
+    with VideoFile(path) as video:
+        frames, rotation, width, height, keyframes = 0, 0, 0, 0, []
+        for frame in video.decode():
+            if frames == 0:
+                rotation, width, height = frame.rotation, frame.width, frame.height
+            elif frame.key_frame and frame.pts is not None:
+                keyframes.append((frames, frame.pts))
+            frames += 1
+        damage = f"{len(video.lost)} packets failed: {video.lost[0]}" if video.lost else ""
+        if frames == 0:
+            raise ValueError(damage or "no frame could be decoded")
+        rate = video.stream.average_rate
+        return VideoInfo(
+            frames, width, height, rotation, float(rate) if rate else 0.0, [] if damage else keyframes, damage
+        )
+
+
+def read_frames(path: str | Path, wanted: Sequence[int], info: VideoInfo) -> Iterator[Tensor]:
+    """Decode the frames numbered `wanted`, and convert only those.
+
+    Args:
+        path: an MP4 file.
+        wanted: frame numbers, ascending.
+        info: of `probe_video` for this file.
+
+    Yields: uint8 [3,H,W] RGB, upright.
+    Raises: ValueError: if the file ends before the last wanted frame; DECODE_ERRORS if it cannot be opened.
+    """
+    starts = [place for place in info.keyframes if place[0] <= wanted[0]]
+    first, timestamp = starts[-1] if starts else (0, None)
+    reformatter = VideoReformatter()  # one per read: it must never be shared between forked processes
+    with VideoFile(path) as video:
+        if timestamp is not None:
+            video.seek(timestamp)
+        remaining, number = list(wanted), first
+        for frame in video.decode():
+            if timestamp is not None:
+                if frame.pts is None or frame.pts < timestamp:
+                    continue  # a frame that leads the keyframe in display order
+                if frame.pts != timestamp:
+                    break  # the container sought elsewhere than it said: below, decode from the start
+                timestamp = None
+            if number == remaining[0]:
+                yield to_rgb(frame, reformatter)
+                remaining.pop(0)
+                if not remaining:
+                    return
+            number += 1
+    if timestamp is not None:
+        yield from read_frames(path, wanted, info._replace(keyframes=[]))
+        return
+    raise ValueError(f"ended after {number} frames, {info.frames} were expected")
+
+
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Tensor:
+    """One decoded frame of any pixel format as RGB, uint8 [3,H,W], turned upright."""
+    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # [H,W,3]
+    if frame.rotation:
+        pixels = np.rot90(pixels, round(frame.rotation / 90))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

@@ -1,0 +1,132 @@
+"""Bytes on disk: images in, and PNG, MP4, GIF and contact sheets out."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import imageio.v3 as iio
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_IMAGE_PIXELS = 64 * 2**20  # refuse decompression bombs before decoding them
+OBSERVED_COLOUR, GENERATED_COLOUR = (240, 150, 30), (60, 60, 60)  # frame borders on contact sheets
+
+
+def read_image(path: str | Path) -> Tensor:
+    """One still image as RGB, uint8 [3,H,W].
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit gray is reduced to its upper 8 bits, and of an
+    animation the first frame is taken.
+
+    Raises: ValueError: naming the file, if it is missing, too large or not an image.
+    """
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise ValueError(f"{path}: no such image file")
+    try:
+        with iio.imopen(path, "r", plugin="pillow") as image:
+            width, height = image.metadata(index=0)["shape"]
+            if width * height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"{path}: an image may have {MAX_IMAGE_PIXELS} pixels at most (got {width}x{height})")
+            if image.properties(index=0).dtype == np.uint16:
+                gray = (image.read(index=0, rotate=True) >> 8).astype(np.uint8)
+                return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
+            rgba = image.read(index=0, mode="RGBA", rotate=True).astype(np.uint16)  # [H,W,4]
+    except (
+        OSError,
+        SyntaxError,
+    ) as error:  # SyntaxError: a bad PNG chunk
+        raise ValueError(f"{path}: not a readable image ({type(error).__name__})") from error
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    over_white = (rgb * alpha + 255 * (255 - alpha) + 127) // 255
+    return torch.from_numpy(over_white.astype(np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def frames_last(clip: Tensor) -> np.ndarray:
+    """uint8 [C,T,H,W] as the writers want it, [T,H,W,3]; a gray channel is repeated."""
+    return clip.expand(3, -1, -1, -1).permute(1, 2, 3, 0).cpu().contiguous().numpy()
+
+
+def save_png(path: str | Path, image: Tensor) -> None:
+    """Write a uint8 image [C,H,W], C = 1 or 3, losslessly."""
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    iio.imwrite(path, pixels[..., 0] if pixels.shape[2] == 1 else pixels, plugin="pillow", extension=".png")
+
+
+def save_gif(path: str | Path, clip: Tensor, fps: float) -> None:
+    """Write a uint8 clip [C,T,H,W] as a looping GIF."""
+    iio.imwrite(path, frames_last(clip), plugin="pillow", extension=".gif", duration=1000 / fps, loop=0)
+
+
+def save_mp4(path: str | Path, clip: Tensor, fps: int, crf: int = 12) -> None:
+    """Write a uint8 clip [C,T,H,W] as H.264; a preview for eyes, since its colours are subsampled where sizes are even.
+
+    Args:
+        path: the file; its folder must exist.
+        clip: uint8 [C,T,H,W].
+        fps: frames per second.
+        crf: x264's constant rate factor, 0 (best) .. 51.
+    """
+    frames = frames_last(clip)
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p" if frames.shape[1] % 2 or frames.shape[2] % 2 else "yuv420p"
+        stream.options = {"crf": str(crf), "threads": "1"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def contact_sheet(rows: Sequence[Tensor], observed: Sequence[Sequence[bool]]) -> Tensor:
+    """Clips as rows of bordered frames, orange borders around observed frames; small frames are enlarged.
+
+    Args:
+        rows: uint8 clips [C,T,H,W] of one shape, for instance truth, generated, truth, generated.
+        observed: per row and frame, whether it was given to the model.
+
+    Returns: image, uint8 [3,H',W'].
+    """
+    scale = max(1, 96 // rows[0].shape[-1])
+    lines = []
+    for clip, marks in zip(rows, observed, strict=True):
+        tiles = []
+        for frame, mark in zip(clip.cpu().unbind(1), marks, strict=True):
+            tile = frame.expand(3, -1, -1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+            border = torch.tensor(OBSERVED_COLOUR if mark else GENERATED_COLOUR, dtype=torch.uint8).view(3, 1, 1)
+            framed = border.expand(3, tile.shape[1] + 6, tile.shape[2] + 6).clone()
+            framed[:, 3:-3, 3:-3] = tile
+            tiles.append(framed)
+        lines.append(torch.cat(tiles, dim=2))
+    return torch.cat(lines, dim=1)
+
+
+def observed_frames(num_frames: int, endpoint_context: int) -> list[bool]:
+    """Which of a clip's frames are given to the model: the first and the last `endpoint_context`."""
+    return [i < endpoint_context or i >= num_frames - endpoint_context for i in range(num_frames)]
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that at any instant it is the previous or the next whole one.
+
+    The bytes go to a temporary name in the same folder, are flushed to disk, and then take the file's place.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: str | Path, value: Any) -> None:
+    """Write a readable JSON file, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,0 +1,77 @@
+"""Pure tensor functions on clips: representation, size, colour, splitting, joining, and the simplest baseline.
+
+A clip is float [B,C,T,H,W] in [-1, 1]; its 8-bit form is uint8 with the same axes, one clip without the B.
+"""
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+PSNR_CEILING = 100.0  # dB given to two identical frames, so that a mean over frames stays finite
+WIDEST_ASPECT = 4  # longer frames are first narrowed to this: the centre crop discards the rest anyway
+
+
+def to_uint8(clip: Tensor) -> Tensor:
+    """[-1, 1] to 0..255, rounded and clamped; the exact inverse of `to_float` on 8-bit values."""
+    return ((clip.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """0..255 to float32 in [-1, 1], any shape."""
+    return frames.float() / 127.5 - 1
+
+
+def to_gray(frames: Tensor) -> Tensor:
+    """RGB to one channel by ITU-R BT.601 luma: uint8 [...,3,H,W] -> [...,1,H,W]."""
+    return transforms.rgb_to_grayscale(frames)
+
+
+def resize_and_crop(frames: Tensor, size: int) -> Tensor:
+    """Shorter side to `size` with antialiasing, then the central square: uint8 [...,C,H,W] -> [...,C,size,size].
+
+    Frames that already are size x size come back as they are, bit for bit.
+    """
+    h, w = frames.shape[-2:]
+    if (h, w) == (size, size):
+        return frames
+    short = min(h, w)
+    if max(h, w) > WIDEST_ASPECT * short:
+        frames = transforms.center_crop(frames, [min(h, WIDEST_ASPECT * short), min(w, WIDEST_ASPECT * short)])
+    return transforms.center_crop(transforms.resize(frames, [size], antialias=True), [size, size])
+
+
+def split_clip(clip: Tensor, endpoint_context: int) -> tuple[Tensor, Tensor, Tensor]:
+    """start_context, middle, end_context of a clip [B,C,T,H,W], as views of it.
+
+    Raises: ValueError: unless T > 2 * endpoint_context, as otherwise there is no middle.
+    """
+    k = endpoint_context
+    if clip.shape[2] <= 2 * k:
+        raise ValueError(f"a clip must exceed 2 * {k} observed frames so that a middle exists (got {clip.shape[2]})")
+    return clip[:, :, :k], clip[:, :, k:-k], clip[:, :, -k:]
+
+
+def join_clip(start_context: Tensor, middle: Tensor, end_context: Tensor) -> Tensor:
+    """The whole clip [B,C,T,H,W] of its three parts; the observed frames pass through untouched."""
+    return torch.cat([start_context, middle, end_context], dim=2)
+
+
+def cross_fade(start_context: Tensor, end_context: Tensor, num_middle: int) -> Tensor:
+    """The baseline without motion: a linear blend of the two nearest observed frames, [B,C,num_middle,H,W]."""
+    weight = torch.arange(1, num_middle + 1, device=start_context.device) / (num_middle + 1)  # 1/(M+1) .. M/(M+1)
+    weight = weight.view(1, 1, -1, 1, 1).to(start_context.dtype)
+    return torch.lerp(start_context[:, :, -1:], end_context[:, :, :1], weight)
+
+
+def psnr(frames: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio per clip: the mean over frames of each frame's dB, on 8-bit values.
+
+    Args:
+        frames: [B,C,T,H,W] in [-1, 1].
+        truth: the same shape.
+
+    Returns: [B] float64 in dB; a frame without error counts as 100 dB.
+    """
+    difference = to_uint8(frames).double() - to_uint8(truth).double()
+    mse = difference.square().mean(dim=(1, 3, 4))  # [B,T]
+    return (10 * torch.log10(255**2 / mse)).clamp(max=PSNR_CEILING).mean(1)
