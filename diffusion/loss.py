@@ -1,11 +1,16 @@
 """The training objective, shared by training and validation."""
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from diffusion.noise import VALIDATION, generator_for, sample_noise
 from diffusion.schedule import DiffusionSchedule
+
+VALIDATION_PAIRS = 64  # at least so many (clip, t) pairs, so that few clips still cover the noise levels
 
 
 class LossTerms(NamedTuple):
@@ -92,3 +97,40 @@ def diffusion_loss(
     v_mse = (v_hat - schedule.v_from(middle, eps, t)).square().flatten(1).mean(1)  # [B]
     motion = temporal_l1(schedule.x0_from_v(x_t, v_hat, t), middle)  # [B]
     return LossTerms(v_mse + temporal_loss_weight * motion, v_mse, motion)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module,
+    schedule: DiffusionSchedule,
+    parts: Iterable[tuple[Tensor, Tensor, Tensor]],
+    clips: int,
+    seed: int,
+    temporal_loss_weight: float = 0.0,
+    noise_offset: float = 0.0,
+) -> float:
+    """Mean loss over a split at fixed, evenly spread t and fixed noise per clip: a function of the weights alone.
+
+    Args:
+        model: as in `diffusion_loss`.
+        schedule: likewise.
+        parts: the split in order and in batches of any size: start_context, middle, end_context.
+        clips: how many the split has; few of them are seen at several t each.
+        seed: of the noise.
+        temporal_loss_weight: as in training.
+        noise_offset: as in training.
+    """
+    draws = math.ceil(VALIDATION_PAIRS / clips)
+    total, seen = 0.0, 0
+    for start, middle, end in parts:
+        for draw in range(draws):
+            strata = [draw * clips + seen + n for n in range(len(middle))]  # out of draws * clips
+            t = [int((stratum + 0.5) / (draws * clips) * schedule.timesteps) for stratum in strata]
+            generators = [generator_for(seed, VALIDATION, stratum) for stratum in strata]
+            eps = sample_noise(middle.shape[1:], generators, middle.device, noise_offset)
+            t = torch.tensor(t, device=middle.device)
+            total += (
+                diffusion_loss(model, schedule, start, middle, end, t, eps, temporal_loss_weight).total.sum().item()
+            )
+        seen += len(middle)
+    return total / (draws * seen)

@@ -208,6 +208,11 @@ def check_architecture(
         )
 
 
+def blind_levels(base_channels: int, channel_mults: Sequence[int]) -> list[int]:
+    """Levels whose norms have one channel per group: there a norm removes the added time embedding altogether."""
+    return [i for i, mult in enumerate(channel_mults) if math.gcd(32, base_channels * mult) == base_channels * mult]
+
+
 MODEL_CONFIG_KEYS = frozenset(
     ("image_channels", "base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "endpoint_context")
 )

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torch
+
 UNSET = object()
 
 
@@ -33,6 +35,27 @@ non_negative_float = ranged(float, "a number of at least 0", lambda value: value
 probability = ranged(float, "a number in [0, 1]", lambda value: 0 <= value <= 1)
 fraction = ranged(float, "a number in (0, 1)", lambda value: 0 < value < 1)
 decay = ranged(float, "a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def device_name(text: str) -> str:
+    """The name of a device that this machine has, or "auto"; kept as a name, so that a resumed run can move."""
+    resolve_device(text)
+    return text
+
+
+def resolve_device(text: str) -> torch.device:
+    """The device of that name; "auto" is the GPU where there is one, else the CPU.
+
+    Raises: argparse.ArgumentTypeError, a ValueError's sibling: for a device that is not here.
+    """
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if text.split(":")[0] not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N (got {text})")
+    device = torch.device(text)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine ({torch.cuda.device_count()} CUDA devices)")
+    return device
 
 
 class Parser(argparse.ArgumentParser):

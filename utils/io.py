@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_IMAGE_PIXELS = 64 * 2**20  # refuse decompression bombs before decoding them
+PREVIEW_PIXELS = 96  # small frames are enlarged to about this
 OBSERVED_COLOUR, GENERATED_COLOUR = (240, 150, 30), (60, 60, 60)  # frame borders on contact sheets
 
 
@@ -82,21 +83,26 @@ def save_mp4(path: str | Path, clip: Tensor, fps: int, crf: int = 12) -> None:
         container.mux(stream.encode(None))
 
 
-def contact_sheet(rows: Sequence[Tensor], observed: Sequence[Sequence[bool]]) -> Tensor:
-    """Clips as rows of bordered frames, orange borders around observed frames; small frames are enlarged.
+def enlarge(frames: Tensor, size: int) -> Tensor:
+    """Frames [...,H,W] of `size` pixels repeated so that each is near 96 pixels wide; larger ones are left alone."""
+    scale = max(1, PREVIEW_PIXELS // size)
+    return frames.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
+def contact_sheet(rows: Sequence[Tensor], observed: Sequence[bool]) -> Tensor:
+    """Clips as rows of bordered frames, with orange borders where the frame was given to the model.
 
     Args:
         rows: uint8 clips [C,T,H,W] of one shape, for instance truth, generated, truth, generated.
-        observed: per row and frame, whether it was given to the model.
+        observed: per frame, whether it was given.
 
     Returns: image, uint8 [3,H',W'].
     """
-    scale = max(1, 96 // rows[0].shape[-1])
     lines = []
-    for clip, marks in zip(rows, observed, strict=True):
+    for clip in rows:
         tiles = []
-        for frame, mark in zip(clip.cpu().unbind(1), marks, strict=True):
-            tile = frame.expand(3, -1, -1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        for frame, mark in zip(clip.cpu().unbind(1), observed, strict=True):
+            tile = enlarge(frame.expand(3, -1, -1), frame.shape[-1])
             border = torch.tensor(OBSERVED_COLOUR if mark else GENERATED_COLOUR, dtype=torch.uint8).view(3, 1, 1)
             framed = border.expand(3, tile.shape[1] + 6, tile.shape[2] + 6).clone()
             framed[:, 3:-3, 3:-3] = tile

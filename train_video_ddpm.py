@@ -1,0 +1,712 @@
+"""Train the middle-frame diffusion model on a folder of MP4 clips, or on built-in clips when none is given.
+
+The first and last K frames of a clip are given, those between are learned. Stop with Ctrl-C at any time; the same
+command with --resume goes on from there.
+"""
+
+import argparse
+import contextlib
+import copy
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data.frame_cache import CachedFrames
+from data.kinetics_video_dataset import (
+    ClipBatches,
+    DecodedFrames,
+    ReadFailures,
+    VideoClipDataset,
+    collate,
+    prepare_videos,
+    steps_per_epoch,
+)
+from data.synthetic_videos import make_synthetic_videos
+from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise, validation_loss
+from diffusion.noise import INIT, PREVIEW, TRAIN, generator_for
+from diffusion.sampler import ddim_timesteps, sample_middle
+from diffusion.schedule import SCHEDULES, DiffusionSchedule
+from models.video_unet3d import VideoUNet3D, blind_levels, build_model
+from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from utils.flags import (
+    Parser,
+    decay,
+    device_name,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    probability,
+    resolve_device,
+)
+from utils.io import contact_sheet, enlarge, observed_frames, save_mp4, save_png
+from utils.records import Records, save_run_description, save_training_curves
+from utils.video_utils import cross_fade, join_clip, psnr, split_clip, to_float, to_uint8
+
+PREVIEW_CLIPS = 8
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# What a checkpoint was trained as. On --resume these may be repeated but not changed.
+FIXED_FLAGS = {
+    "T": "num_frames", "size": "size", "frame_stride": "frame_stride", "color_mode": "color_mode",
+    "endpoint_context": "endpoint_context", "base_channels": "base_channels", "channel_mults": "channel_mults",
+    "res_blocks": "res_blocks", "temporal_attn_levels": "temporal_attn_levels", "timesteps": "timesteps",
+    "beta_schedule": "beta_schedule", "noise_offset": "noise_offset",
+}  # fmt: skip
+UNSAVED_FLAGS = ("resume", "dry_run", "preset")  # what a command does, as against what a run is
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Five minutes on two CPU cores: small frames, a small network, few sampler steps.
+    "demo": {
+        "out_dir": "outputs/demo", "size": 32, "base_channels": 24, "channel_mults": [1, 2], "res_blocks": 1,
+        "temporal_attn_levels": [1], "batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 40, "max_steps": 1000,
+        "ema_decay": 0.99, "vis_every": 10, "vis_steps": 20, "vis_guidance_scale": 1.0, "log_every": 50,
+        "num_workers": 0, "cache_videos": True,
+    },
+}  # fmt: skip
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    """Every flag, with the reference design's defaults."""
+    parser = Parser(__doc__)
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--out_dir", default="outputs/train", help="folder for checkpoints, previews and records")
+    group.add_argument(
+        "--resume", action="store_true",
+        help="go on from last.pt in --out_dir with its own arguments; other flags given override it",
+    )  # fmt: skip
+    group.add_argument(
+        "--preset", choices=sorted(PRESETS),
+        help="fill the flags that are not given; demo: five CPU minutes on the built-in clips",
+    )  # fmt: skip
+    group.add_argument(
+        "--dry_run", action="store_true",
+        help="two steps, a validation, a preview and a save, in a folder dry_run below --out_dir",
+    )  # fmt: skip
+    group.add_argument("--seed", type=non_negative_int, default=42, help="of split, weights, windows and noise")
+    group.add_argument("--device", type=device_name, default="auto", help="auto = cuda where there is one, else cpu")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_root", help="folder of MP4 files; None = the built-in clips, rendered once")
+    group.add_argument(
+        "--val_ratio", type=fraction, default=0.01,
+        help="share of files held out, where the folder has no videos_train/ and videos_val/ (or train/ and val/)",
+    )  # fmt: skip
+    group.add_argument("--max_videos", type=positive_int, help="use at most so many files in all; None = every file")
+    group.add_argument("--num_workers", type=non_negative_int, default=4, help="loading processes; 0 = in the main one")
+    group.add_argument(
+        "--cache_videos", action=argparse.BooleanOptionalAction, default=False,
+        help="decode every video once into a memory-mapped file in --cache_dir",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache_dir", default="outputs/cache", help="folder for the file index, cached frames and built-in clips"
+    )
+    group.add_argument(
+        "--hflip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the training clips"
+    )
+    group.add_argument(
+        "--time_reverse", action=argparse.BooleanOptionalAction, default=False,
+        help="play half of the training clips backwards, which swaps their contexts",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("clip")
+    group.add_argument("--T", dest="num_frames", type=positive_int, default=8, help="frames per clip, above 2 * K")
+    group.add_argument("--endpoint_context", type=positive_int, default=2, help="observed frames K at each end")
+    group.add_argument("--size", type=positive_int, default=64, help="height and width in pixels, after centre crop")
+    group.add_argument(
+        "--frame_stride", type=positive_int, default=1, help="source frames from one clip frame to the next"
+    )
+    group.add_argument("--color_mode", choices=("rgb", "gray"), default="rgb", help="3 channels or 1")
+
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--base_channels", type=positive_int, default=96,
+        help="width of the first level, a multiple of 4; prefer 3 * 2^n (24, 48, 96): the norms of 32 and fewer "
+        "power-of-two channels erase the time embedding",
+    )  # fmt: skip
+    group.add_argument(
+        "--channel_mults", type=positive_int, nargs="+", default=[1, 2, 4], help="width of each level in base_channels"
+    )
+    group.add_argument("--res_blocks", type=positive_int, default=2, help="residual blocks per level and direction")
+    group.add_argument(
+        "--temporal_attn_levels", type=non_negative_int, nargs="*", default=[1, 2],
+        help="levels with temporal attention, 0 = full size; the bottleneck always has it",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("diffusion")
+    group.add_argument("--timesteps", type=positive_int, default=1000, help="length of the noise schedule")
+    group.add_argument("--beta_schedule", choices=SCHEDULES, default="cosine", help="shape of the noise schedule")
+    group.add_argument(
+        "--cfg_drop_prob", type=probability, default=0.08, metavar="P",
+        help="chance of zeroing both contexts of a clip, so guidance has an unconditional branch; 0 = never",
+    )  # fmt: skip
+    group.add_argument(
+        "--temporal_loss_weight", type=non_negative_float, default=0.05,
+        help="weight of the L1 between predicted and true frame differences; 0 = none",
+    )  # fmt: skip
+    group.add_argument(
+        "--noise_offset", type=non_negative_float, default=0.0,
+        help="deviation of a constant added to the noise per clip and channel; 0 = none",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size", type=positive_int, default=8, help="clips per forward pass")
+    group.add_argument("--grad_accum", type=positive_int, default=1, help="forward passes per optimiser step")
+    group.add_argument("--lr", type=positive_float, default=1e-4, help="peak learning rate of AdamW, cosine to 0")
+    group.add_argument("--warmup_steps", type=non_negative_int, default=0, help="steps of linear rise; 0 = none")
+    group.add_argument("--epochs", type=positive_int, default=30, help="passes over the training clips")
+    group.add_argument("--max_steps", type=non_negative_int, default=0, help="stop after so many steps; 0 = epochs")
+    group.add_argument("--grad_clip", type=non_negative_float, default=1.0, help="largest gradient norm; 0 = any")
+    group.add_argument("--ema_decay", type=decay, default=0.999, help="of the averaged weights, per step")
+    group.add_argument(
+        "--ema_update_after_step", type=non_negative_int, default=100, help="steps for which EMA is a plain copy"
+    )
+    group.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, default=True,
+        help="autocast the network on CUDA; does nothing on CPU",
+    )  # fmt: skip
+    group.add_argument(
+        "--amp_dtype", choices=("auto", "bf16", "fp16"), default="auto", help="auto = bf16 where the GPU has it"
+    )
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the training forward"
+    )
+
+    group = parser.add_argument_group("validation and previews")
+    group.add_argument("--vis_every", type=non_negative_int, default=1, help="epochs between previews; 0 = none")
+    group.add_argument("--vis_guidance_scale", type=non_negative_float, default=1.5, help="1 = plain conditional")
+    group.add_argument("--vis_steps", type=positive_int, default=40, help="sampler steps of a preview")
+    group.add_argument(
+        "--dynamic_threshold", action=argparse.BooleanOptionalAction, default=False,
+        help="previews scale clean predictions by a percentile instead of clipping them",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--log_every", type=positive_int, default=20, help="steps between lines of metrics.jsonl")
+    group.add_argument(
+        "--save_every", type=non_negative_int, default=0, help="steps between saves of last.pt; 0 = each epoch only"
+    )
+    group.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write TensorBoard events"
+    )
+    group.add_argument("--log_dir", help="folder for TensorBoard events; None = tensorboard below --out_dir")
+    return parser
+
+
+def resolve_arguments(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """What the run will be: flags given, over the checkpoint's on --resume, over the preset's, over the defaults.
+
+    Returns: the arguments, and the checkpoint to go on from (None for a fresh run).
+    Raises: ValueError: for a missing or present last.pt, or a flag that contradicts the checkpoint.
+    """
+    given = parser.parse_given(argv)
+    values = vars(parser.defaults()) | PRESETS.get(given.get("preset"), {})
+    last = Path(given.get("out_dir", values["out_dir"])) / "last.pt"
+    checkpoint = None
+    if given.get("resume"):
+        if not last.is_file():
+            raise ValueError(f"--resume: there is no {last} to go on from; without --resume a new run starts")
+        checkpoint = load_checkpoint(last)
+        stored = {name: value for name, value in checkpoint["args"].items() if name in values}
+        for flag, name in FIXED_FLAGS.items():
+            if name in given and given[name] != stored[name]:
+                raise ValueError(f"--{flag} is fixed by {last} (got {given[name]}, the checkpoint has {stored[name]})")
+        for name, value in given.items():
+            if name in stored and stored[name] != value:
+                print(f"--{name} {value} overrides the checkpoint's {stored[name]}")
+        values |= stored
+    elif last.exists() and not given.get("dry_run"):
+        raise ValueError(f"--out_dir {last.parent} already holds a last.pt; pass --resume or choose another folder")
+    args = argparse.Namespace(**(values | given))
+    check_arguments(args)
+    return args, checkpoint
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """The rules that join several flags.
+
+    Raises: ValueError: naming the flag, the rule and the value.
+    """
+    t, k = args.num_frames, args.endpoint_context
+    if t <= 2 * k:
+        raise ValueError(
+            f"--T must exceed 2 * --endpoint_context so that a middle exists (got --T {t}, --endpoint_context {k})"
+        )
+    multiple = 2 ** len(args.channel_mults)
+    if args.size % multiple:
+        raise ValueError(
+            f"--size must be divisible by {multiple}, as each of the {len(args.channel_mults)} --channel_mults halves "
+            f"it (got {args.size})"
+        )
+    if args.max_videos == 1:
+        raise ValueError("--max_videos must be at least 2, one file for each split (got 1)")
+    ddim_timesteps(args.timesteps, args.vis_steps)
+
+
+# --- learning rate, stopping, precision -------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, plan: dict[str, float]) -> float:
+    """Linear warm-up, then half a cosine from (start_step, start_lr) to zero at total_steps."""
+    if step < plan["warmup_steps"]:
+        return plan["start_lr"] * (step + 1) / plan["warmup_steps"]
+    start = max(plan["start_step"], plan["warmup_steps"])
+    share = (step - start) / max(1, plan["total_steps"] - start)
+    return plan["start_lr"] * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def plan_learning_rate(
+    args: argparse.Namespace, total_steps: int, step: int, stored: dict[str, float] | None
+) -> dict[str, float]:
+    """The plan of `learning_rate`. A resumed run whose length changed bends the curve from where it is: no jump."""
+    fresh = {
+        "peak_lr": args.lr, "start_lr": args.lr, "start_step": 0, "warmup_steps": args.warmup_steps,
+        "total_steps": total_steps,
+    }  # fmt: skip
+    if stored is None:
+        return fresh
+    if args.lr != stored["peak_lr"]:
+        return fresh | {"start_step": step, "warmup_steps": 0}
+    if total_steps == stored["total_steps"]:
+        return stored
+    if step >= stored["total_steps"]:
+        print("the learning rate has decayed to 0 with the former end of the run; give another --lr to train on")
+    return fresh | {"start_step": step, "start_lr": learning_rate(step, stored), "warmup_steps": 0}
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM, so that the loop can stop between two steps; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def leave_stopping_to_the_main_process(worker: int) -> None:
+    """A loading process ignores the signals that a terminal or a scheduler sends to the whole group."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def choose_amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """What the network computes in under autocast; None = float32. bf16 on a CPU is hundreds of times slower."""
+    if not args.amp or device.type != "cuda":
+        return None
+    if args.amp_dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[args.amp_dtype]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """The network's precision: autocast to dtype, or plain float32 for None."""
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+# --- previews ---------------------------------------------------------------------------------------------------------
+
+
+def preview(
+    ema: VideoUNet3D,
+    schedule: DiffusionSchedule,
+    clip: Tensor,
+    args: argparse.Namespace,
+    amp_dtype: torch.dtype | None,
+) -> tuple[Tensor, float, float]:
+    """Regenerate the middle of fixed clips [B,C,T,H,W] from fixed noise.
+
+    Returns: the generated clips, and the mean PSNR in dB of their middle and of the cross-fade's.
+    """
+    start, middle, end = split_clip(clip, args.endpoint_context)
+    m = middle.shape[2]
+    with autocast(clip.device, amp_dtype):
+        generated = sample_middle(
+            ema, schedule, start, end, num_middle=m, steps=args.vis_steps, guidance_scale=args.vis_guidance_scale,
+            dynamic_threshold=args.dynamic_threshold, noise_offset=args.noise_offset,
+            generator=[generator_for(args.seed, PREVIEW, i) for i in range(len(clip))],
+        )  # fmt: skip
+    faded = cross_fade(start, end, m)
+    return join_clip(start, generated, end), psnr(generated, middle).mean().item(), psnr(faded, middle).mean().item()
+
+
+def save_preview(stem: Path, clip: Tensor, generated: Tensor, endpoint_context: int) -> Tensor:
+    """Write STEM.png, a sheet of true rows above generated ones, and STEM.mp4 of the same; returns the sheet."""
+    truth, made = to_uint8(clip).cpu(), to_uint8(generated).cpu()  # [B,C,T,H,W]
+    rows = [row for pair in zip(truth, made, strict=True) for row in pair]
+    sheet = contact_sheet(rows, observed_frames(clip.shape[2], endpoint_context))
+    save_png(stem.with_suffix(".png"), sheet)
+    video = torch.cat([torch.cat(list(truth), dim=3), torch.cat(list(made), dim=3)], dim=2)  # [C,T,2H,B*W]
+    save_mp4(stem.with_suffix(".mp4"), enlarge(video, clip.shape[-1]), fps=8)
+    return sheet
+
+
+# --- state and checkpoints --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainingState:
+    """All that changes while training, and so all that a checkpoint carries on.
+
+    `step` counts optimiser updates; `position` counts steps' worth of clips consumed, which is more where the fp16
+    scaler skipped an update. Data and noise follow `position`, the learning rate and EMA follow `step`.
+    """
+
+    model: VideoUNet3D
+    ema: VideoUNet3D
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    position: int = 0
+    best_val_loss: float = math.inf
+    plan: dict[str, float] | None = None
+    history: dict[str, Any] = field(
+        default_factory=lambda: {"train": [], "epochs": [], "sums": {"log": [0.0, 0], "epoch": [0.0, 0]}}
+    )
+
+
+def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `build_model`."""
+    names = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "endpoint_context")
+    return {"image_channels": 1 if args.color_mode == "gray" else 3} | {name: getattr(args, name) for name in names}
+
+
+def new_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None) -> TrainingState:
+    """Fresh weights (by the seed), their EMA copy and an optimiser."""
+    torch.manual_seed(generator_for(args.seed, INIT).initial_seed())
+    model = build_model(model_config_of(args)).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type == "cuda")
+    return TrainingState(model, ema, optimizer, torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16))
+
+
+def restore(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Namespace, epoch_steps: int) -> None:
+    """Go on where a checkpoint stands; a changed batch size goes on at the same clip of the epoch.
+
+    Raises: ValueError: if its weights do not fit its model_config.
+    """
+    source = f"{args.out_dir}/last.pt"
+    load_weights(state.model, checkpoint["model"], source)
+    load_weights(state.ema, checkpoint["ema"], source)
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    state.scaler.load_state_dict(checkpoint["scaler"])
+    stored = checkpoint["args"]
+    clips_done = checkpoint["step_in_epoch"] * stored["batch_size"] * stored["grad_accum"]
+    step_in_epoch = clips_done // (args.batch_size * args.grad_accum)
+    state.step = checkpoint["step"]
+    state.position = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
+    state.best_val_loss, state.history = checkpoint["best_val_loss"], checkpoint["history"]
+    state.plan = checkpoint["lr_scheduler"]
+    torch.set_rng_state(checkpoint["rng"]["torch"])
+
+
+def save(path: Path, state: TrainingState, args: argparse.Namespace, epoch_steps: int) -> None:
+    """Write a checkpoint from which training goes on exactly, and sampling needs no flag."""
+    epoch, step_in_epoch = divmod(state.position, epoch_steps)
+    contents = {
+        "step": state.step,
+        "epoch": epoch,
+        "step_in_epoch": step_in_epoch,
+        "model": state.model.state_dict(),
+        "ema": state.ema.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "lr_scheduler": state.plan,
+        "scaler": state.scaler.state_dict(),
+        "rng": {"torch": torch.get_rng_state()},  # for completeness: every draw of ours has a generator of its own
+        "model_config": model_config_of(args),
+        "diffusion_config": {
+            "timesteps": args.timesteps,
+            "schedule": args.beta_schedule,
+            "noise_offset": args.noise_offset,
+        },
+        "clip_config": {name: getattr(args, name) for name in ("num_frames", "size", "frame_stride", "color_mode")},
+        "args": {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS},
+        "history": state.history,
+        "best_val_loss": state.best_val_loss,
+    }
+    save_checkpoint(path, contents)
+
+
+# --- the story --------------------------------------------------------------------------------------------------------
+
+
+def open_clips(args: argparse.Namespace, workers: int) -> tuple[VideoClipDataset, VideoClipDataset]:
+    """The training and the validation clips.
+
+    Raises: ValueError: if there are none, or no room for the cache.
+    """
+    root = args.data_root or make_synthetic_videos(args.cache_dir, save_mp4, max(1, workers))
+    train_videos, val_videos = prepare_videos(
+        root, span=(args.num_frames - 1) * args.frame_stride + 1, val_ratio=args.val_ratio, seed=args.seed,
+        cache_dir=args.cache_dir, max_videos=args.max_videos, workers=workers, log=tqdm.write,
+    )  # fmt: skip
+    if args.cache_videos:
+        source = CachedFrames([*train_videos, *val_videos], args.size, args.color_mode, args.cache_dir, workers)
+    else:
+        source = DecodedFrames(args.size, args.color_mode)
+    window = {"num_frames": args.num_frames, "frame_stride": args.frame_stride, "seed": args.seed}
+    augmentation = {"hflip": args.hflip, "time_reverse": args.time_reverse}
+    train_clips = VideoClipDataset(train_videos, source, random_window=True, **window, **augmentation)
+    return train_clips, VideoClipDataset(val_videos, source, random_window=False, **window)
+
+
+def describe_run(
+    args: argparse.Namespace, state: TrainingState, clips: tuple[int, int], steps: int, amp_dtype: torch.dtype | None
+) -> None:
+    """Print what is about to happen, and what a flag does not do here."""
+    parameters = sum(p.numel() for p in state.model.parameters())
+    device = next(state.model.parameters()).device
+    precision = {None: "float32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast"}[amp_dtype]
+    print(
+        f"{clips[0]} training and {clips[1]} validation clips; {parameters:,} parameters; {device}, {precision}; "
+        f"steps {state.step + 1} to {steps}",
+        flush=True,
+    )
+    if args.amp and device.type == "cpu":
+        print("--amp does nothing on cpu: training in float32")
+    blind = blind_levels(args.base_channels, args.channel_mults)
+    if blind:
+        print(
+            f"note: at level {', '.join(map(str, blind))} norms have one channel per group and erase the time "
+            f"embedding; --base_channels of 3 * 2^n, such as 24, 48 or 96, keeps it"
+        )
+
+
+def optimise(
+    state: TrainingState,
+    schedule: DiffusionSchedule,
+    batches: Iterator[Tensor],
+    args: argparse.Namespace,
+    amp_dtype: torch.dtype | None,
+) -> tuple[float, float]:
+    """One optimiser step over --grad_accum batches; returns its loss and gradient norm.
+
+    Raises: FloatingPointError: before the update, if either is not finite.
+    """
+    device = next(state.model.parameters()).device
+    generator = generator_for(args.seed, TRAIN, state.position, device=device)
+    total = 0.0
+    for _ in range(args.grad_accum):
+        start, middle, end = split_clip(next(batches), args.endpoint_context)
+        noise = sample_training_noise(middle, args.timesteps, generator, args.cfg_drop_prob, args.noise_offset)
+        start, end = drop_contexts(start, end, noise.dropped)
+        with autocast(device, amp_dtype):
+            terms = diffusion_loss(
+                state.model, schedule, start, middle, end, noise.t, noise.eps, args.temporal_loss_weight
+            )
+        loss = terms.total.mean() / args.grad_accum
+        state.scaler.scale(loss).backward()
+        total += loss.item()
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), args.grad_clip or math.inf).item()
+    # an fp16 overflow shows in the gradients alone, and the scaler deals with it by skipping the update
+    if not math.isfinite(total) or not (math.isfinite(norm) or state.scaler.is_enabled()):
+        raise FloatingPointError(f"the loss must stay finite (got loss {total}, gradient norm {norm})")
+
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, state.plan)
+    scale = state.scaler.get_scale()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.position += 1
+    if state.scaler.get_scale() >= scale:  # it falls when an update was skipped
+        state.step += 1
+        update_ema(state.ema, state.model, args.ema_decay if state.step > args.ema_update_after_step else 0.0)
+    return total, norm
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * model, over all parameters at once."""
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+
+
+def take_mean(sums: list[float]) -> float:
+    """The mean of a running [sum, count], which starts anew."""
+    total, count = sums
+    sums[:] = [0.0, 0]
+    return total / max(1, count)
+
+
+def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
+    """Train to the end or to a stop signal; returns the exit status.
+
+    Raises: ValueError or OSError: for what the user can mend. FloatingPointError: if the loss is not finite.
+    """
+    out_dir = Path(args.out_dir)
+    if args.dry_run:
+        out_dir = out_dir / "dry_run"
+        shutil.rmtree(out_dir, ignore_errors=True)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    device = resolve_device(args.device)
+    amp_dtype = choose_amp_dtype(args, device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    save_run_description(out_dir / "run.json", vars(args), device)
+
+    # data
+    workers = min(args.num_workers, os.cpu_count() or 1)
+    train_clips, val_clips = open_clips(args, workers)
+    failures = ReadFailures(log=tqdm.write)
+    loading = {
+        "num_workers": workers, "collate_fn": collate, "pin_memory": device.type == "cuda",
+        "persistent_workers": workers > 0, "worker_init_fn": leave_stopping_to_the_main_process,
+    }  # fmt: skip
+
+    def clips_on_device(batches: Iterable) -> Iterator[Tensor]:
+        for clips, failed, tried in batches:
+            yield to_float(failures.check(clips, failed, tried).to(device, non_blocking=True))
+
+    # model, optimiser, resume
+    state = new_state(args, device, amp_dtype)
+    schedule = DiffusionSchedule(args.timesteps, args.beta_schedule).to(device)
+    epoch_steps = steps_per_epoch(len(train_clips), args.batch_size * args.grad_accum)
+    if checkpoint:
+        restore(state, checkpoint, args, epoch_steps)
+    last_position = args.epochs * epoch_steps
+    total_steps = min(last_position, args.max_steps or last_position)
+    if args.dry_run:
+        total_steps, last_position = state.step + 2, state.position + 2
+    state.plan = plan_learning_rate(args, total_steps, state.step, state.plan)
+    describe_run(args, state, (len(train_clips), len(val_clips)), total_steps, amp_dtype)
+    if args.compile:
+        state.model.compile(dynamic=False)  # in place: the state dict keeps its names
+    records = Records(out_dir, state.step, (args.log_dir or out_dir / "tensorboard") if args.tensorboard else None)
+
+    order = ClipBatches(
+        len(train_clips), args.batch_size, args.grad_accum, args.seed,
+        first=state.position * args.grad_accum, last=last_position * args.grad_accum,
+    )  # fmt: skip
+    batches = clips_on_device(DataLoader(train_clips, batch_sampler=order, **loading))
+    in_order = [(0, i) for i in range(len(val_clips))]
+    val_batches = [in_order[i : i + args.batch_size] for i in range(0, len(in_order), args.batch_size)]
+    val_loader = DataLoader(val_clips, batch_sampler=val_batches, **loading)
+    preview_keys = in_order[:: math.ceil(len(in_order) / PREVIEW_CLIPS)]
+
+    def finish_epoch() -> None:
+        """Validate, show, record and save."""
+        epoch = math.ceil(state.position / epoch_steps)
+        with autocast(device, amp_dtype):
+            parts = (split_clip(clip, args.endpoint_context) for clip in clips_on_device(val_loader))
+            val_loss = validation_loss(
+                state.ema, schedule, parts, len(val_clips), args.seed, args.temporal_loss_weight, args.noise_offset
+            )
+        entry = {"epoch": epoch, "train_loss": take_mean(state.history["sums"]["epoch"]), "val_loss": val_loss}
+        line = f"epoch {epoch}/{args.epochs}  training loss {entry['train_loss']:.4f}  validation loss {val_loss:.4f}"
+        ending = state.step >= total_steps or state.position >= last_position
+        if args.vis_every and (epoch % args.vis_every == 0 or ending):
+            clip = next(clips_on_device([collate([val_clips[key] for key in preview_keys])]))
+            made, entry["psnr"], entry["psnr_cross_fade"] = preview(state.ema, schedule, clip, args, amp_dtype)
+            sheet = save_preview(out_dir / f"epoch_{epoch:04d}_sample", clip, made, args.endpoint_context)
+            records.add_sheet(state.step, sheet)
+            line += f"  middle PSNR {entry['psnr']:.2f} dB (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
+        tqdm.write(line)
+        records.add("val", state.step, **entry)
+        state.history["epochs"].append({"step": state.step, **entry})
+        if val_loss < state.best_val_loss:
+            state.best_val_loss = val_loss
+            save(out_dir / "best.pt", state, args, epoch_steps)
+        save(out_dir / "last.pt", state, args, epoch_steps)
+        save_training_curves(out_dir / "training_curves.png", state.history)
+
+    # loop
+    stop = StopRequest()
+    bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=None)
+    clock, clips_seen = time.perf_counter(), 0
+    state.model.train()
+    try:
+        while state.step < total_steps and state.position < last_position and stop.signal is None:
+            step_before = state.step
+            try:
+                loss, norm = optimise(state, schedule, batches, args, amp_dtype)
+            except FloatingPointError as error:
+                kept = out_dir / "last.pt"
+                good = f"the last good checkpoint is {kept}" if kept.is_file() else "no checkpoint was saved yet"
+                raise FloatingPointError(f"step {state.step + 1}: {error}; nothing of it was kept, {good}") from error
+            clips_seen += args.batch_size * args.grad_accum
+            if state.step > step_before:
+                bar.update()
+                for sums in state.history["sums"].values():
+                    sums[:] = [sums[0] + loss, sums[1] + 1]
+                if state.step % args.log_every == 0 or state.step == 1:
+                    mean_loss = take_mean(state.history["sums"]["log"])
+                    state.history["train"].append([state.step, mean_loss])
+                    speed, clock, clips_seen = clips_seen / (time.perf_counter() - clock), time.perf_counter(), 0
+                    lr = learning_rate(state.step - 1, state.plan)
+                    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+                    records.add(
+                        "train", state.step, epoch=state.position / epoch_steps, loss=mean_loss, lr=lr, grad_norm=norm,
+                        clips_per_second=speed, gpu_memory_mib=memory,
+                    )  # fmt: skip
+                    bar.set_postfix(loss=f"{mean_loss:.4f}")
+                    if bar.disable:
+                        print(f"step {state.step}  loss {mean_loss:.4f}  lr {lr:.2e}  {speed:.1f} clips/s", flush=True)
+            if state.position % epoch_steps == 0 or state.step >= total_steps:
+                finish_epoch()
+                clock, clips_seen = time.perf_counter(), 0
+            elif args.save_every and state.step > step_before and state.step % args.save_every == 0:
+                save(out_dir / "last.pt", state, args, epoch_steps)
+        unfinished = state.step < total_steps and state.position < last_position
+        if unfinished:
+            save(out_dir / "last.pt", state, args, epoch_steps)
+    finally:
+        bar.close()
+        records.close()
+        stop.restore()
+    if unfinished:
+        name = signal.Signals(stop.signal).name
+        print(f"stopped by {name} after step {state.step}; go on with: {resume_command(args)}")
+        return 128 + stop.signal
+    print(f"done: {state.step} steps, {out_dir / 'last.pt'}")
+    return 0
+
+
+def resume_command(args: argparse.Namespace) -> str:
+    """The command that goes on with a stopped run."""
+    words = [Path(sys.executable).name, "train_video_ddpm.py", "--out_dir", args.out_dir, "--resume"]
+    return shlex.join(words)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 diverged, 2 wrong input, 128 + n stopped by signal n."""
+    parser = build_parser()
+    try:
+        return train(*resolve_arguments(parser, argv))
+    except (ValueError, OSError, argparse.ArgumentTypeError) as error:
+        parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped at once, without saving\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
