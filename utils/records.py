@@ -103,7 +103,7 @@ def save_training_curves(path: Path, history: dict[str, Any]) -> bool:
         steps = [entry["step"] for entry in epochs]
         loss.plot(steps, [entry["val_loss"] for entry in epochs], "o-", label="validation (EMA)")
         for key, label in (("psnr", "generated"), ("psnr_cross_fade", "cross-fade")):
-            shown = [(entry["step"], entry[key]) for entry in epochs if entry[key] is not None]
+            shown = [(entry["step"], entry[key]) for entry in epochs if key in entry]
             if shown:
                 quality.plot(*zip(*shown, strict=True), "o-", label=label)
                 quality.legend()

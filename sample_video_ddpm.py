@@ -1,0 +1,299 @@
+"""Generate the frames between two observed ends, from start and end images or from held-out clips of a dataset.
+
+Everything that the checkpoint knows (network, frame size, colours, noise schedule) is taken from it.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset, prepare_videos
+from data.synthetic_videos import make_synthetic_videos
+from diffusion.noise import SAMPLE, generator_for
+from diffusion.sampler import ddim_timesteps, sample_middle
+from diffusion.schedule import DiffusionSchedule
+from models.video_unet3d import VideoUNet3D, build_model
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.flags import (
+    Parser,
+    device_name,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    probability,
+    resolve_device,
+)
+from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
+from utils.video_utils import cross_fade, psnr, resize_and_crop, split_clip, to_float, to_gray, to_uint8
+
+
+def build_parser() -> Parser:
+    """Every flag; those that default to None take the checkpoint's value."""
+    parser = Parser(__doc__)
+
+    group = parser.add_argument_group("checkpoint and output")
+    group.add_argument("--ckpt", required=True, help="checkpoint of train_video_ddpm.py: last.pt or best.pt")
+    group.add_argument("--use_raw_model", action="store_true", help="the trained weights instead of their EMA")
+    group.add_argument("--out_dir", default="outputs/sample", help="folder for everything written")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier sample in --out_dir")
+    group.add_argument("--fps", type=positive_int, default=8, help="frames per second of sample.mp4 and sample.gif")
+    group.add_argument("--device", type=device_name, default="auto", help="auto = cuda where there is one, else cpu")
+
+    group = parser.add_argument_group("contexts")
+    group.add_argument(
+        "--start_images", nargs="+", metavar="PNG", help="the K first frames in time order; with --end_images"
+    )
+    group.add_argument("--end_images", nargs="+", metavar="PNG", help="the K last frames in time order")
+    group.add_argument(
+        "--data_root",
+        help="without images: contexts of held-out clips of this folder; None = the checkpoint's own data",
+    )
+    group.add_argument("--num_clips", type=positive_int, default=1, help="held-out clips, evenly chosen")
+    group.add_argument(
+        "--cache_dir", default="outputs/cache", help="folder for the file index and the built-in clips, as in training"
+    )
+
+    group = parser.add_argument_group("clip")
+    group.add_argument("--T", dest="num_frames", type=positive_int, help="frames per clip; may differ from training")
+    group.add_argument("--size", type=positive_int, help="height and width in pixels; may differ from training")
+    group.add_argument("--frame_stride", type=positive_int, help="source frames from one clip frame to the next")
+    group.add_argument("--endpoint_context", type=positive_int, help="observed frames K at each end; fixed by training")
+    group.add_argument("--color_mode", choices=("rgb", "gray"), help="fixed by training")
+
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--num_samples", type=positive_int, default=1, help="different middles for each context")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="of the noise, per clip and sample")
+    group.add_argument("--steps", type=positive_int, default=40, help="DDIM steps, at most the schedule's length")
+    group.add_argument("--eta", type=probability, default=0.0, help="0 = deterministic DDIM .. 1 = DDPM's noise")
+    group.add_argument(
+        "--guidance_scale", type=non_negative_float, default=1.8,
+        help="1 = plain conditional (half the work), above 1 = contexts weigh more, 0 = contexts ignored",
+    )  # fmt: skip
+    group.add_argument(
+        "--clip_x0", action=argparse.BooleanOptionalAction, default=True,
+        help="clip clean predictions to the range of pixels at every step",
+    )  # fmt: skip
+    group.add_argument(
+        "--dynamic_threshold", action=argparse.BooleanOptionalAction, default=False,
+        help="scale clean predictions by a percentile instead of clipping them",
+    )  # fmt: skip
+    group.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, default=True,
+        help="bf16 autocast on a GPU that has it; does nothing on CPU",
+    )  # fmt: skip
+    return parser
+
+
+class Contexts(NamedTuple):
+    """What is observed, uint8 on the CPU: contexts [B,C,K,H,W], and the true middle [B,C,M,H,W] where it is known."""
+
+    start: Tensor
+    end: Tensor
+    middle: Tensor | None
+    sources: list[str]
+
+
+def settle_with_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+    """Fill the flags that were not given from the checkpoint, and check those that were.
+
+    Raises: ValueError: naming the flag, the rule and the value.
+    """
+    fixed = {
+        "endpoint_context": checkpoint["model_config"]["endpoint_context"],
+        "color_mode": checkpoint["clip_config"]["color_mode"],
+    }
+    for name, value in fixed.items():
+        if getattr(args, name) not in (None, value):
+            raise ValueError(f"--{name} is fixed by {args.ckpt} (got {getattr(args, name)}, trained with {value})")
+        setattr(args, name, value)
+    for name in ("num_frames", "size", "frame_stride"):
+        if getattr(args, name) is None:
+            setattr(args, name, checkpoint["clip_config"][name])
+    t, k = args.num_frames, args.endpoint_context
+    if t <= 2 * k:
+        raise ValueError(f"--T must exceed 2 * {k} observed frames so that a middle exists (got {t})")
+    multiple = 2 ** len(checkpoint["model_config"]["channel_mults"])
+    if args.size % multiple:
+        raise ValueError(f"--size must be divisible by {multiple}, as the network's levels halve it (got {args.size})")
+    ddim_timesteps(checkpoint["diffusion_config"]["timesteps"], args.steps)
+    if (args.start_images is None) != (args.end_images is None):
+        raise ValueError("--start_images and --end_images must be given together")
+    for flag in ("start_images", "end_images"):
+        paths = getattr(args, flag)
+        if paths is not None and len(paths) != k:
+            raise ValueError(f"--{flag} must be {k} images, the checkpoint's endpoint_context (got {len(paths)})")
+
+
+def load_images(paths: Sequence[str], size: int, color_mode: str) -> Tensor:
+    """Images in time order as one context, uint8 [1,C,K,size,size], treated as clip frames are."""
+    frames = torch.stack([resize_and_crop(read_image(path), size) for path in paths])  # [K,3,H,W]
+    return (to_gray(frames) if color_mode == "gray" else frames).transpose(0, 1)[None]
+
+
+def load_contexts(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Contexts:
+    """From the images given, or from the middle window of held-out clips, split as in training.
+
+    Raises: ValueError: for a missing or unreadable file, or too few clips.
+    """
+    if args.start_images:
+        start, end = (load_images(paths, args.size, args.color_mode) for paths in (args.start_images, args.end_images))
+        return Contexts(start, end, None, [" ".join([*args.start_images, *args.end_images])])
+
+    trained = checkpoint["args"]
+    root = args.data_root or trained["data_root"] or make_synthetic_videos(args.cache_dir, save_mp4)
+    _, videos = prepare_videos(
+        root, span=(args.num_frames - 1) * args.frame_stride + 1, val_ratio=trained["val_ratio"], seed=trained["seed"],
+        cache_dir=args.cache_dir, max_videos=trained["max_videos"],
+    )  # fmt: skip
+    if args.num_clips > len(videos):
+        raise ValueError(
+            f"--num_clips must be at most the {len(videos)} held-out clips of {root} (got {args.num_clips})"
+        )
+    chosen = [videos[i * len(videos) // args.num_clips] for i in range(args.num_clips)]
+    source = DecodedFrames(args.size, args.color_mode)
+    clips = VideoClipDataset(
+        chosen, source, num_frames=args.num_frames, frame_stride=args.frame_stride, seed=0, random_window=False
+    )
+    reads = [clips[0, i] for i in range(len(clips))]
+    for read in reads:
+        if read.failures:
+            raise ValueError(f"--data_root {root}: could not read {read.failures[0]}")
+    start, middle, end = split_clip(torch.stack([read.clip for read in reads]), args.endpoint_context)
+    return Contexts(start, end, middle, [video.name for video in chosen])
+
+
+def refuse_to_overwrite(out_dir: Path, overwrite: bool) -> None:
+    """Make the folder, or say why not.
+
+    Raises: ValueError: if something that would be written is there. OSError: if the folder cannot be made.
+    """
+    names = ("sample.json", "sample.mp4", "sample.gif", "sheet.png", "frames")
+    earlier = [path for name in names for path in (out_dir / name, *out_dir.glob(f"clip_*_sample_*/{name}"))]
+    there = [path for path in earlier if path.exists()]
+    if there and not overwrite:
+        raise ValueError(f"--out_dir {out_dir} already holds {there[0]}; pass --overwrite or choose another folder")
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+
+def load_model(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> VideoUNet3D:
+    """The network with the checkpoint's averaged (or, if asked, raw) weights, ready to sample."""
+    model = build_model(checkpoint["model_config"])
+    load_weights(model, checkpoint["model" if args.use_raw_model else "ema"], args.ckpt)
+    return model.to(device).eval()
+
+
+def generate(
+    args: argparse.Namespace, checkpoint: dict[str, Any], model: VideoUNet3D, contexts: Contexts, sample: int
+) -> Tensor:
+    """The `sample`-th middle of every context, uint8 [B,C,M,H,W] on the CPU."""
+    device = next(model.parameters()).device
+    diffusion = checkpoint["diffusion_config"]
+    schedule = DiffusionSchedule(diffusion["timesteps"], diffusion["schedule"]).to(device)
+    start, end = (to_float(context).to(device) for context in (contexts.start, contexts.end))
+    generators = [generator_for(args.seed, SAMPLE, clip, sample) for clip in range(len(start))]
+    amp = args.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bar = tqdm(total=args.steps, desc=f"sample {sample + 1}/{args.num_samples}", unit="step", disable=None)
+    with bar, torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        middle = sample_middle(
+            model, schedule, start, end, num_middle=args.num_frames - 2 * args.endpoint_context, steps=args.steps,
+            guidance_scale=args.guidance_scale, eta=args.eta, clip_x0=args.clip_x0,
+            dynamic_threshold=args.dynamic_threshold, noise_offset=diffusion["noise_offset"],
+            generator=generators, callback=lambda **_: bar.update(),
+        )  # fmt: skip
+    return to_uint8(middle).cpu()
+
+
+def save_sample(folder: Path, contexts: Contexts, clip: int, middle: Tensor, args: argparse.Namespace) -> Tensor:
+    """Write one generated clip in every form; returns it whole, uint8 [C,T,H,W], with the observed frames untouched."""
+    start, end = contexts.start[clip], contexts.end[clip]
+    whole = torch.cat([start, middle, end], dim=1)
+    frames = folder / "frames"
+    frames.mkdir(parents=True, exist_ok=True)
+    for old in frames.glob("[0-9][0-9][0-9].png"):  # with --overwrite: of an earlier, longer sample
+        old.unlink()
+    for i, frame in enumerate(whole.unbind(1)):
+        save_png(frames / f"{i:03d}.png", frame)
+    save_mp4(folder / "sample.mp4", whole, args.fps)
+    save_gif(folder / "sample.gif", whole, args.fps)
+    for name, context in (("start_context", start), ("end_context", end)):
+        save_png(folder / f"{name}.png", torch.cat(list(context.unbind(1)), dim=2))  # frames side by side
+    rows = [whole] if contexts.middle is None else [torch.cat([start, contexts.middle[clip], end], dim=1), whole]
+    save_png(folder / "sheet.png", contact_sheet(rows, observed_frames(whole.shape[1], args.endpoint_context)))
+    return whole
+
+
+def score(contexts: Contexts, clip: int, middle: Tensor) -> dict[str, float] | None:
+    """PSNR in dB of one generated middle and of the cross-fade; None where the truth is not known."""
+    if contexts.middle is None:
+        return None
+    truth, start, end = (to_float(part[clip : clip + 1]) for part in (contexts.middle, contexts.start, contexts.end))
+    faded = cross_fade(start, end, truth.shape[2])
+    return {"psnr": psnr(to_float(middle[None]), truth).item(), "psnr_cross_fade": psnr(faded, truth).item()}
+
+
+def describe(scores: dict[str, float]) -> str:
+    """Scores as a reader wants them, the model's beside the baseline's."""
+    return f"middle PSNR {scores['psnr']:.2f} dB (cross-fade {scores['psnr_cross_fade']:.2f} dB)"
+
+
+def sample(args: argparse.Namespace) -> None:
+    """From flags to files.
+
+    Raises: ValueError or OSError: for what the user can mend.
+    """
+    checkpoint = load_checkpoint(args.ckpt)
+    settle_with_checkpoint(args, checkpoint)
+    out_dir = Path(args.out_dir)
+    refuse_to_overwrite(out_dir, args.overwrite)
+    contexts = load_contexts(args, checkpoint)
+    device = resolve_device(args.device)
+    model = load_model(args, checkpoint, device)
+    clips = len(contexts.start)
+
+    scores = []
+    for n in range(args.num_samples):
+        clock = time.perf_counter()
+        middles = generate(args, checkpoint, model, contexts, n)
+        seconds = (time.perf_counter() - clock) / clips
+        for clip in range(clips):
+            alone = clips == args.num_samples == 1
+            folder = out_dir if alone else out_dir / f"clip_{clip:03d}_sample_{n:03d}"
+            save_sample(folder, contexts, clip, middles[clip], args)
+            found = score(contexts, clip, middles[clip])
+            scores.append(found)
+            branches = 1 if args.guidance_scale in (0, 1) else 2
+            settings = vars(args) | {
+                "device": str(device), "checkpoint_step": checkpoint["step"], "source": contexts.sources[clip],
+                "clip": clip, "sample": n, "nfe": args.steps * branches, "seconds": seconds, "scores": found,
+            }  # fmt: skip
+            save_json(folder / "sample.json", settings)
+            quality = (
+                f": middle PSNR {found['psnr']:.2f} dB (cross-fade {found['psnr_cross_fade']:.2f} dB)" if found else ""
+            )
+            print(f"{folder}{quality}")
+    if len(scores) > 1 and all(scores):
+        mean = {name: sum(entry[name] for entry in scores) / len(scores) for name in scores[0]}
+        print(f"mean of {len(scores)}: {describe(mean)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 2 wrong input."""
+    parser = build_parser()
+    try:
+        sample(parser.parse_args(argv))
+    except (ValueError, OSError, argparse.ArgumentTypeError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

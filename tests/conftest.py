@@ -1,0 +1,82 @@
+"""Shared makings: MP4 files whose pictures say their own frame number, and a tiny dataset and training run."""
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from utils.io import save_mp4
+
+torch.set_num_threads(1)  # tiny tensors: threads only cost, and spin where tests run beside each other
+
+
+def numbered_frames(count, height=64, width=64):
+    """Frames [T,H,W,3] uint8: the stripes of frame i, left to right, are the bits of i; the bottom half is red."""
+    frames = np.zeros((count, height, width, 3), np.uint8)
+    for i in range(count):
+        for bit in range(8):
+            if i >> bit & 1:
+                frames[i, :, bit * width // 8 : (bit + 1) * width // 8] = 255
+        frames[i, height // 2 :, :, 1:] //= 4
+    return frames
+
+
+def number_of(frame):
+    """The number that a decoded frame [3,H,W] shows."""
+    h, w = frame.shape[1:]
+    row = frame[:, : h // 4].float().mean((0, 1))  # [W]
+    return sum(int(row[int((bit + 0.5) * w / 8)] > 127) << bit for bit in range(8))
+
+
+def write_mp4(path, frames, *, codec="libx264", pix_fmt="yuv420p", rate=10, options=None, pts=None):
+    """Encode [T,H,W,3] with any codec settings; `pts` gives each frame a time in units of 1 / rate."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        stream.options = {"threads": "1", **(options or {})}
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if pts is not None:
+                frame.pts = pts[i]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture
+def make_mp4(tmp_path):
+    """A function of (name, count, ...) that writes numbered frames below tmp_path / "videos" and returns the path."""
+
+    def make(name, count=12, height=64, width=64, **settings):
+        return write_mp4(tmp_path / "videos" / name, numbered_frames(count, height, width), **settings)
+
+    return make
+
+
+def moving_square(seed, frames=14, size=32):
+    """A clip to learn from, uint8 [3,T,H,W]: a bright square crossing a tinted ground."""
+    rng = np.random.default_rng(seed)
+    clip = np.empty((frames, size, size, 3), np.uint8)
+    clip[:] = rng.integers(20, 120, 3)
+    place, speed = rng.uniform(0, size - 8, 2), rng.uniform(-1.5, 1.5, 2)
+    for frame in clip:
+        y, x = np.clip(place, 0, size - 8).astype(int)
+        frame[y : y + 8, x : x + 8] = (250, 200, 60)
+        place += speed
+    return torch.from_numpy(clip).permute(3, 0, 1, 2)
+
+
+@pytest.fixture(scope="session")
+def square_videos(tmp_path_factory):
+    """A folder of 10 small clips, 14 frames of 32x32, not split by folders."""
+    root = tmp_path_factory.mktemp("squares")
+    for i in range(10):
+        save_mp4(root / f"{i:02d}.mp4", moving_square(i), fps=10)
+    return root
+
+
+TINY_FLAGS = [
+    "--size", "16", "--base_channels", "12", "--channel_mults", "1", "2", "--res_blocks", "1",
+    "--temporal_attn_levels", "1", "--batch_size", "2", "--num_workers", "0", "--vis_steps", "2", "--lr", "1e-3",
+]  # fmt: skip

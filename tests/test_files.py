@@ -1,0 +1,201 @@
+"""Images, videos and checkpoints on disk: exact where they promise it, and never half written."""
+
+import os
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from data.video_reader import probe_video, read_frames
+from utils import io
+from utils.checkpoint import KEYS, load_checkpoint, load_weights, save_checkpoint
+from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
+
+RNG = np.random.default_rng(0)
+
+
+def picture(h=12, w=20, channels=3):
+    return RNG.integers(0, 256, (h, w, channels), dtype=np.uint8)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_is_lossless(tmp_path, channels):
+    image = torch.from_numpy(picture(channels=channels)).permute(2, 0, 1)
+    save_png(tmp_path / "a.png", image)
+    assert torch.equal(read_image(tmp_path / "a.png"), image.expand(3, -1, -1))
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    rgba = np.dstack([picture(), np.zeros((12, 20), np.uint8)])
+    rgba[:, 10:, 3] = 255
+    rgba[0, 0] = (100, 100, 100, 128)
+    iio.imwrite(tmp_path / "a.png", rgba)
+    image = read_image(tmp_path / "a.png").permute(1, 2, 0).numpy()
+    assert np.array_equal(image[:, 10:], rgba[:, 10:, :3])
+    assert (image[1:, :10] == 255).all()
+    assert image[0, 0].tolist() == [round((100 * 128 + 255 * 127) / 255)] * 3
+
+
+def test_every_exif_orientation_is_undone(tmp_path):
+    from PIL import Image
+
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :12] = 255  # a bright top left quarter
+    turns = {  # how a camera stores the picture for each orientation tag
+        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }  # fmt: skip
+    for tag, store in turns.items():
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        Image.fromarray(np.ascontiguousarray(store(upright))).save(tmp_path / "a.png", exif=exif)
+        assert np.array_equal(read_image(tmp_path / "a.png").permute(1, 2, 0).numpy(), upright), tag
+
+
+def test_palettes_gray_and_sixteen_bits_become_eight_bit_rgb(tmp_path):
+    from PIL import Image
+
+    rgb = Image.fromarray(picture())
+    palette = rgb.quantize(8)
+    palette.save(tmp_path / "palette.png")
+    assert np.array_equal(read_image(tmp_path / "palette.png").permute(1, 2, 0), np.asarray(palette.convert("RGB")))
+    gray = picture(channels=1)[..., 0]
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    assert np.array_equal(read_image(tmp_path / "gray.png")[1], gray)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(read_image(tmp_path / "deep.png")[2], gray)
+    rgb.save(tmp_path / "first.gif", save_all=True, append_images=[Image.fromarray(picture())])
+    assert read_image(tmp_path / "first.gif").shape == (3, 12, 20)
+
+
+def test_files_that_are_no_image_are_one_clear_error(tmp_path, monkeypatch):
+    (tmp_path / "text.png").write_text("hello")
+    iio.imwrite(tmp_path / "whole.png", picture(64, 64))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    for name, message in (
+        ("missing.png", "no such image"),
+        ("text.png", "not a readable"),
+        ("cut.png", "not a readable"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            read_image(tmp_path / name)
+    monkeypatch.setattr(io, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+    with pytest.raises(ValueError, match="whole.png: an image may have 4095 pixels at most .got 64x64"):
+        read_image(tmp_path / "whole.png")
+
+
+# --- videos and sheets ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 32, 48), (1, 6, 32, 32), (3, 5, 15, 21)])
+def test_mp4_keeps_every_frame_and_its_size(tmp_path, shape):
+    smooth = torch.linspace(0, 200, shape[3]).expand(shape) + torch.arange(shape[1]).view(1, -1, 1, 1) * 8
+    save_mp4(tmp_path / "a.mp4", smooth.to(torch.uint8), fps=8)
+    info = probe_video(tmp_path / "a.mp4")
+    assert (info.frames, info.height, info.width, info.rate) == (shape[1], *shape[2:], 8)
+    frames = torch.stack(list(read_frames(tmp_path / "a.mp4", range(info.frames), info)), dim=1)
+    # lossy: crf 12 on a smooth ramp stays within a few levels
+    assert (frames.float() - smooth.expand(3, -1, -1, -1)).abs().mean() < 4
+
+
+def test_gif_keeps_frames_and_rate(tmp_path):
+    clip = torch.randint(0, 256, (3, 6, 16, 16), dtype=torch.uint8)
+    save_gif(tmp_path / "a.gif", clip, fps=8)
+    assert iio.imread(tmp_path / "a.gif").shape[:3] == (6, 16, 16)
+    assert iio.immeta(tmp_path / "a.gif")["duration"] == pytest.approx(125, abs=10)  # GIF counts in centiseconds
+
+
+def test_contact_sheet_marks_the_observed_frames():
+    clip = torch.full((3, 5, 32, 32), 7, dtype=torch.uint8)
+    assert observed_frames(5, 2) == [True, True, False, True, True]
+    sheet = contact_sheet([clip, clip], observed_frames(5, 2))
+    side = 3 * 32 + 6  # enlarged to 96 pixels, a border of 3
+    assert sheet.shape == (3, 2 * side, 5 * side)
+    for row in range(2):
+        for frame in range(5):
+            corner = tuple(sheet[:, row * side, frame * side].tolist())
+            assert corner == (io.GENERATED_COLOUR if frame == 2 else io.OBSERVED_COLOUR)
+            assert sheet[0, row * side + side // 2, frame * side + side // 2] == 7
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    save_json(tmp_path / "a.json", {"old": 1})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        save_json(tmp_path / "a.json", {"new": 2})
+    assert (tmp_path / "a.json").read_text() == '{\n  "old": 1\n}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def state(**changes):
+    values = dict.fromkeys(KEYS[1:], 0) | {"model": {"w": torch.arange(3.0)}}
+    return values | changes
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_holds_only_plain_types(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", state(step=7, args={"data_root": None, "lr": 1e-4, "mults": [1, 2]}))
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert loaded["step"] == 7 and loaded["args"]["mults"] == [1, 2] and set(loaded) == set(KEYS)
+    assert torch.equal(loaded["model"]["w"], torch.arange(3.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pt", state(step=1))
+
+    def fail_half_way(value, file):
+        file.write(b"half")
+        raise RuntimeError("file write failed")
+
+    monkeypatch.setattr(torch, "save", fail_half_way)
+    with pytest.raises(OSError, match="could not be written"):
+        save_checkpoint(tmp_path / "a.pt", state(step=2))
+    assert load_checkpoint(tmp_path / "a.pt")["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_checkpoints_never_run_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"format": 1, "model": Payload()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt: not a readable checkpoint"):
+        load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_checkpoint_is_one_clear_error(tmp_path):
+    save_checkpoint(tmp_path / "whole.pt", state())
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weights": 1}, tmp_path / "foreign.pt")
+    torch.save({"format": 99}, tmp_path / "newer.pt")
+    torch.save({"format": 1, "step": 0}, tmp_path / "partial.pt")
+    expected = {
+        "missing": "no such checkpoint", "cut": "not a readable checkpoint", "empty": "not a readable checkpoint",
+        "text": "not a readable checkpoint", "foreign": "has no 'format'", "newer": r"format must be 1 \(got 99\)",
+        "partial": "lacks epoch, ",
+    }  # fmt: skip
+    for name, message in expected.items():
+        with pytest.raises(ValueError, match=f"{name}.pt: .*{message}") as caught:
+            load_checkpoint(tmp_path / f"{name}.pt")
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_network_are_refused():
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match="last.pt: the weights do not fit .*bias"):
+        load_weights(model, {"weight": torch.zeros(3, 2)}, "last.pt")
+    with pytest.raises(ValueError, match="size mismatch"):
+        load_weights(model, {"weight": torch.zeros(2, 2), "bias": torch.zeros(3)}, "last.pt")

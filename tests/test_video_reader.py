@@ -1,0 +1,150 @@
+"""Decoding against files whose every picture says its number."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import number_of, numbered_frames, write_mp4
+
+from data import video_reader
+from data.video_reader import DECODE_ERRORS, probe_video, read_frames
+from utils.video_utils import to_gray
+
+VARIANTS = {
+    "plain": {},
+    "b_frames_open_gop": {"options": {"bf": "3", "g": "9", "x264-params": "open-gop=1:b-adapt=0:keyint=9:scenecut=0"}},
+    "intra_only": {"options": {"g": "1"}},
+    "one_keyframe": {"options": {"g": "250", "bf": "4"}},
+    "variable_rate": {"pts": [0, 1, 2, 7, 8, 20, 21, 22, 23, 30, *range(41, 71)]},
+    "ten_bit": {"pix_fmt": "yuv420p10le"},
+    "full_chroma": {"pix_fmt": "yuv444p"},
+    "mpeg4": {"codec": "mpeg4"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_start_and_stride_gives_exactly_the_frames_asked_for(make_mp4, variant):
+    path = make_mp4(f"{variant}.mp4", count=40, **VARIANTS[variant])
+    info = probe_video(path)
+    assert (info.frames, info.width, info.height, info.rotation, info.damage) == (40, 64, 64, 0, "")
+    for first in range(0, 33, 3):
+        for stride in (1, 3):
+            wanted = [first + n * stride for n in range(3)]
+            assert [number_of(frame) for frame in read_frames(path, wanted, info)] == wanted
+
+
+def test_seeking_is_used_and_a_container_that_seeks_elsewhere_is_decoded_from_its_start(make_mp4, monkeypatch):
+    path = make_mp4("a.mp4", count=40, options={"g": "10", "bf": "0", "sc_threshold": "0"})
+    info = probe_video(path)
+    assert [number for number, _ in info.keyframes] == [10, 20, 30]
+    sought = []
+    seek = video_reader.VideoFile.seek
+    monkeypatch.setattr(video_reader.VideoFile, "seek", lambda self, pts: (sought.append(pts), seek(self, pts)))
+    assert [number_of(f) for f in read_frames(path, [25, 26], info)] == [25, 26]
+    assert sought == [info.keyframes[1][1]]
+    # an index that is wrong about where decoding can start must not shift the frames
+    misled = info._replace(keyframes=[(20, info.keyframes[1][1] + 1)])
+    assert [number_of(f) for f in read_frames(path, [25, 26], misled)] == [25, 26]
+
+
+def test_colours_survive_decoding(make_mp4):
+    path = make_mp4("a.mp4", count=2, pix_fmt="yuv444p", options={"crf": "0"})
+    frame = next(read_frames(path, [1], probe_video(path)))
+    truth = torch.from_numpy(numbered_frames(2)[1]).permute(2, 0, 1)
+    # 8-bit YUV rounds: two or three levels
+    assert (frame.int() - truth.int()).abs().max() <= 4
+
+
+def test_rotation_metadata_turns_the_frame_upright(make_mp4, tmp_path):
+    path = make_mp4("a.mp4", count=3, height=32, width=64, pix_fmt="yuv444p")
+    data = bytearray(path.read_bytes())
+    identity = b"".join(n.to_bytes(4, "big") for n in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
+    quarter = b"".join((n % 2**32).to_bytes(4, "big") for n in (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30))
+    place = data.index(identity, data.index(b"tkhd"))
+    data[place : place + 36] = quarter  # a display matrix of 90 degrees clockwise
+    turned = tmp_path / "turned.mp4"
+    turned.write_bytes(data)
+    plain, info = probe_video(path), probe_video(turned)
+    assert (info.frames, info.width, info.height, abs(info.rotation)) == (3, 64, 32, 90)
+    upright = next(read_frames(path, [2], plain))
+    shown = next(read_frames(turned, [2], info))
+    assert shown.shape == (3, 64, 32)
+    assert torch.equal(shown, torch.rot90(upright, -1, (1, 2)))  # clockwise, as players show it
+
+
+@pytest.mark.parametrize("shape", [(51, 77), (8, 8), (256, 16)])
+def test_odd_sizes_decode(make_mp4, shape):
+    height, width = shape
+    path = make_mp4("a.mp4", count=5, height=height, width=width, pix_fmt="yuv444p")
+    assert next(read_frames(path, [4], probe_video(path))).shape == (3, height, width)
+
+
+def test_gray_files_decode_to_three_equal_channels(tmp_path):
+    frames = np.repeat(numbered_frames(4)[..., :1], 3, axis=3)
+    path = write_mp4(tmp_path / "gray.mp4", frames, pix_fmt="gray")
+    frame = next(read_frames(path, [3], probe_video(path)))
+    assert torch.equal(frame[0], frame[1])
+    assert (to_gray(frame).int() - frame[:1].int()).abs().max() <= 1
+
+
+def bad_files(tmp_path, make_mp4):
+    whole = make_mp4("whole.mp4", count=30).read_bytes()
+    files = {
+        "empty.mp4": b"",
+        "text.mp4": b"not a video\n" * 50,
+        "cut.mp4": whole[: len(whole) // 3],  # the index stands at the end
+        "picture.mp4": b"\x89PNG\r\n\x1a\n" + bytes(200),
+        "playlist.mp4": b"ffconcat version 1.0\nfile whole.mp4\n",
+    }
+    for name, content in files.items():
+        path = tmp_path / "videos" / name
+        path.write_bytes(content)
+        yield path
+    folder = tmp_path / "videos" / "folder.mp4"
+    folder.mkdir()
+    yield folder
+    fifo = tmp_path / "videos" / "pipe.mp4"
+    os.mkfifo(fifo)
+    yield fifo
+    yield tmp_path / "videos" / "missing.mp4"
+
+
+def test_everything_that_is_no_video_is_refused_at_once(tmp_path, make_mp4):
+    for path in bad_files(tmp_path, make_mp4):
+        with pytest.raises(DECODE_ERRORS):
+            probe_video(path)
+
+
+def test_sound_without_pictures_is_refused(tmp_path):
+    import av
+
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(ValueError, match="no video stream"):
+        probe_video(path)
+
+
+def test_huge_frames_are_refused_before_decoding(make_mp4, monkeypatch):
+    path = make_mp4("a.mp4", count=2)
+    monkeypatch.setattr(video_reader, "MAX_FRAME_PIXELS", 63 * 64)
+    with pytest.raises(ValueError, match="4032 pixels at most .got 64x64"):
+        probe_video(path)
+
+
+def test_a_damaged_middle_costs_packets_not_the_file(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3)).astype(np.uint8)
+    path = write_mp4(tmp_path / "noisy.mp4", noise, options={"g": "1"})  # big packets, each on its own
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 9000] = bytes(9000)
+    path.write_bytes(data)
+    info = probe_video(path)
+    assert 20 < info.frames < 30 and "packets failed: InvalidDataError" in info.damage and info.keyframes == []
+    assert len(list(read_frames(path, list(range(info.frames)), info))) == info.frames
+    with pytest.raises(ValueError, match=f"ended after {info.frames} frames"):
+        list(read_frames(path, [0, info.frames], info))
