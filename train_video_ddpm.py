@@ -310,10 +310,9 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def leave_stopping_to_the_main_process(worker: int) -> None:
-    """A loading process ignores the signals that a terminal or a scheduler sends to the whole group."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def ignore_keyboard(worker: int) -> None:
+    """A loading process leaves Ctrl-C to the main one. It must still end on SIGTERM, which is how it is shut down."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def choose_amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
@@ -578,7 +577,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
     failures = ReadFailures(log=tqdm.write)
     loading = {
         "num_workers": workers, "collate_fn": collate, "pin_memory": device.type == "cuda",
-        "persistent_workers": workers > 0, "worker_init_fn": leave_stopping_to_the_main_process,
+        "persistent_workers": workers > 0, "worker_init_fn": ignore_keyboard,
     }  # fmt: skip
 
     def clips_on_device(batches: Iterable) -> Iterator[Tensor]:
@@ -619,23 +618,24 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
             val_loss = validation_loss(
                 state.ema, schedule, parts, len(val_clips), args.seed, args.temporal_loss_weight, args.noise_offset
             )
-        entry = {"epoch": epoch, "train_loss": take_mean(state.history["sums"]["epoch"]), "val_loss": val_loss}
-        line = f"epoch {epoch}/{args.epochs}  training loss {entry['train_loss']:.4f}  validation loss {val_loss:.4f}"
+        train_loss = take_mean(state.history["sums"]["epoch"])
+        entry = {"step": state.step, "epoch": epoch, "train_loss": train_loss, "val_loss": val_loss}
+        state.history["epochs"].append(entry)
+        line = f"epoch {epoch}/{args.epochs}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}"
         ending = state.step >= total_steps or state.position >= last_position
         if args.vis_every and (epoch % args.vis_every == 0 or ending):
             clip = next(clips_on_device([collate([val_clips[key] for key in preview_keys])]))
             made, entry["psnr"], entry["psnr_cross_fade"] = preview(state.ema, schedule, clip, args, amp_dtype)
             sheet = save_preview(out_dir / f"epoch_{epoch:04d}_sample", clip, made, args.endpoint_context)
             records.add_sheet(state.step, sheet)
+            save_training_curves(out_dir / "training_curves.png", state.history)
             line += f"  middle PSNR {entry['psnr']:.2f} dB (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
         tqdm.write(line)
-        records.add("val", state.step, **entry)
-        state.history["epochs"].append({"step": state.step, **entry})
+        records.add("val", **entry)
         if val_loss < state.best_val_loss:
             state.best_val_loss = val_loss
             save(out_dir / "best.pt", state, args, epoch_steps)
         save(out_dir / "last.pt", state, args, epoch_steps)
-        save_training_curves(out_dir / "training_curves.png", state.history)
 
     # loop
     stop = StopRequest()
@@ -651,6 +651,10 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
                 kept = out_dir / "last.pt"
                 good = f"the last good checkpoint is {kept}" if kept.is_file() else "no checkpoint was saved yet"
                 raise FloatingPointError(f"step {state.step + 1}: {error}; nothing of it was kept, {good}") from error
+            except RuntimeError:
+                if stop.signal is None:
+                    raise
+                break  # a SIGTERM to the whole group ended a loading process in mid-step; the weights have not moved
             clips_seen += args.batch_size * args.grad_accum
             if state.step > step_before:
                 bar.update()

@@ -23,7 +23,7 @@ from utils.video_utils import resize_and_crop, to_gray
 
 SPLIT_FOLDERS = (("videos_train", "videos_val"), ("train", "val"))
 INDEX_VERSION = 1
-NAMED_IN_REPORT = 5  # how many bad files a report names
+NAMED_IN_REPORT = 20  # how many bad files of a kind a report names
 MAX_ATTEMPTS = 8  # files tried for one clip before giving up
 
 

@@ -1,5 +1,7 @@
 """Shared makings: MP4 files whose pictures say their own frame number, and a tiny dataset and training run."""
 
+import os
+
 import av
 import numpy as np
 import pytest
@@ -55,16 +57,23 @@ def make_mp4(tmp_path):
 
 
 def moving_square(seed, frames=14, size=32):
-    """A clip to learn from, uint8 [3,T,H,W]: a bright square crossing a tinted ground."""
+    """A clip to learn from, uint8 [3,T,H,W]: a bright square bouncing about on a tinted ground."""
     rng = np.random.default_rng(seed)
     clip = np.empty((frames, size, size, 3), np.uint8)
     clip[:] = rng.integers(20, 120, 3)
-    place, speed = rng.uniform(0, size - 8, 2), rng.uniform(-1.5, 1.5, 2)
+    side, room = size // 4, size - size // 4
+    place, speed = rng.uniform(0, room, 2), rng.uniform(0.06, 0.1, 2) * size * rng.choice([-1, 1], 2)
     for frame in clip:
-        y, x = np.clip(place, 0, size - 8).astype(int)
-        frame[y : y + 8, x : x + 8] = (250, 200, 60)
-        place += speed
+        y, x = np.abs((place + room) % (2 * room) - room).astype(int)
+        frame[y : y + side, x : x + side] = (250, 200, 60)
+        place = place + speed
     return torch.from_numpy(clip).permute(3, 0, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Flushing to a busy disk takes seconds, and no test here cuts the power."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,253 @@
+"""Sampling as a user runs it: images in, exact observed frames out, nothing overwritten."""
+
+import json
+import shutil
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS
+
+import sample_video_ddpm
+import train_video_ddpm
+from data.video_reader import probe_video
+from sample_video_ddpm import build_parser, main
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.io import read_image
+from utils.video_utils import resize_and_crop, to_gray
+
+
+def train(root, videos, *flags):
+    """A tiny checkpoint whose output layer is shaken awake, so that contexts and noise show in its samples."""
+    status = train_video_ddpm.main(
+        ["--data_root", str(videos), "--out_dir", str(root / "run"), "--cache_dir", str(root / "cache"),
+         "--max_steps", "2", "--vis_every", "0", *TINY_FLAGS, *flags]
+    )  # fmt: skip
+    assert status == 0
+    checkpoint = load_checkpoint(root / "run" / "last.pt")
+    generator = torch.Generator().manual_seed(0)
+    for weights in (checkpoint["model"], checkpoint["ema"]):
+        for name, value in weights.items():
+            weights[name] = value + 0.05 * torch.randn(value.shape, generator=generator)
+    save_checkpoint(root / "run" / "last.pt", checkpoint)
+    return root / "run" / "last.pt"
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory, square_videos):
+    return train(tmp_path_factory.mktemp("sampling"), square_videos)
+
+
+@pytest.fixture
+def sample(tmp_path, ckpt):
+    """Run the script with few steps; returns its output folder."""
+
+    def run(*flags, status=0, checkpoint=ckpt, out="out"):
+        argv = [
+            "--ckpt",
+            checkpoint,
+            "--out_dir",
+            tmp_path / out,
+            "--cache_dir",
+            tmp_path / "cache",
+            "--steps",
+            3,
+            *flags,
+        ]
+        try:
+            result = main(list(map(str, argv)))
+        except SystemExit as stop:
+            result = stop.code
+        assert result == status
+        return tmp_path / out
+
+    return run
+
+
+@pytest.fixture
+def pngs(tmp_path):
+    """Four random pictures at native size, as paths."""
+    rng = np.random.default_rng(5)
+    paths = [tmp_path / f"{name}.png" for name in ("start_0", "start_1", "end_0", "end_1")]
+    for path in paths:
+        iio.imwrite(path, rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    return paths
+
+
+def ends(paths):
+    half = len(paths) // 2
+    return ["--start_images", *paths[:half], "--end_images", *paths[half:]]
+
+
+def frames(folder):
+    return [iio.imread(path) for path in sorted((folder / "frames").glob("*.png"))]
+
+
+def test_observed_frames_come_out_byte_for_byte_and_every_form_is_written(sample, pngs):
+    out = sample(*ends(pngs))
+    made = frames(out)
+    assert len(made) == 8
+    for given, got in zip(pngs, [*made[:2], *made[-2:]], strict=True):
+        assert np.array_equal(iio.imread(given), got)
+    assert {path.name for path in out.iterdir()} == {
+        "sample.mp4", "sample.gif", "frames", "start_context.png", "end_context.png", "sheet.png", "sample.json",
+    }  # fmt: skip
+    info = probe_video(out / "sample.mp4")
+    assert (info.frames, info.width, info.height, info.rate) == (8, 16, 16, 8)
+    assert iio.imread(out / "sample.gif").shape[0] == 8
+    assert np.array_equal(iio.imread(out / "end_context.png"), np.hstack([iio.imread(path) for path in pngs[2:]]))
+
+
+def test_the_record_holds_every_setting(sample, pngs, ckpt):
+    record = json.loads((sample(*ends(pngs), "--seed", 7, "--eta", 0.5) / "sample.json").read_text())
+    assert {name: record[name] for name in ("seed", "eta", "steps", "guidance_scale", "nfe", "checkpoint_step")} == {
+        "seed": 7, "eta": 0.5, "steps": 3, "guidance_scale": 1.8, "nfe": 6, "checkpoint_step": 2,
+    }  # fmt: skip
+    assert record["num_frames"] == 8 and record["size"] == 16 and record["seconds"] > 0
+    assert set(vars(build_parser().defaults())) <= set(record)
+    plain = sample(*ends(pngs), "--guidance_scale", 1, out="plain")
+    assert json.loads((plain / "sample.json").read_text())["nfe"] == 3
+
+
+def test_the_ends_the_seed_and_the_weights_decide_the_middle(sample, pngs):
+    def middle(*flags, images=pngs, out):
+        return np.stack(frames(sample(*ends(images), *flags, out=out))[2:-2]).astype(int)
+
+    base = middle(out="a")
+    assert np.array_equal(base, middle(out="again"))
+    swapped = middle(images=[*pngs[2:], *pngs[:2]], out="b")
+    for other in (swapped, middle("--seed", 1, out="c"), middle("--use_raw_model", out="d")):
+        assert np.abs(base - other).max() > 2
+    assert np.abs(base - middle("--guidance_scale", 0, out="e")).max() > 2
+    unconditional = middle("--guidance_scale", 0, images=[*pngs[2:], *pngs[:2]], out="f")
+    assert np.array_equal(unconditional, middle("--guidance_scale", 0, out="g"))
+
+
+def test_images_are_treated_as_clip_frames_are(sample, tmp_path):
+    rng = np.random.default_rng(1)
+    paths = []
+    for i, (h, w) in enumerate([(40, 24), (16, 64), (33, 47), (20, 20)]):
+        pixels = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+        paths.append(tmp_path / f"{i}.{'jpg' if i == 2 else 'png'}")
+        iio.imwrite(paths[-1], pixels)
+    made = frames(sample(*ends(paths)))
+    for path, got in zip(paths, [*made[:2], *made[-2:]], strict=True):
+        assert np.array_equal(resize_and_crop(read_image(path), 16).permute(1, 2, 0).numpy(), got)
+
+
+def test_gray_checkpoints_take_colour_images_as_luma(sample, pngs, square_videos, tmp_path):
+    checkpoint = train(tmp_path, square_videos, "--color_mode", "gray")
+    made = frames(sample(*ends(pngs), checkpoint=checkpoint))
+    assert made[0].shape == (16, 16)
+    assert np.array_equal(made[0], to_gray(read_image(pngs[0]))[0].numpy())
+
+
+@pytest.mark.parametrize(("k", "t"), [(1, 3), (3, 8)])
+def test_other_numbers_of_observed_and_generated_frames(sample, pngs, square_videos, tmp_path, k, t):
+    checkpoint = train(tmp_path, square_videos, "--endpoint_context", str(k), "--T", str(t))
+    images = [pngs[i % 4] for i in range(2 * k)]
+    made = frames(sample(*ends(images), checkpoint=checkpoint, out="k"))
+    assert len(made) == t
+    for given, got in zip(images, [*made[:k], *made[-k:]], strict=True):
+        assert np.array_equal(iio.imread(given), got)
+
+
+def test_another_length_and_size_than_trained(sample, pngs):
+    assert len(frames(sample(*ends(pngs), "--T", 5, out="short"))) == 5
+    assert len(frames(sample(*ends(pngs), "--T", 13, out="long"))) == 13
+    assert frames(sample(*ends(pngs), "--size", 24, out="large"))[0].shape == (24, 24, 3)
+
+
+def test_without_images_held_out_clips_are_continued_and_scored(sample, capsys, ckpt):
+    out = sample("--num_clips", 1, "--num_samples", 2)
+    assert sorted(path.name for path in out.iterdir()) == ["clip_000_sample_000", "clip_000_sample_001"]
+    first, second = (frames(out / f"clip_000_sample_00{n}") for n in (0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(first[:2] + first[-2:], second[:2] + second[-2:], strict=True))
+    assert not np.array_equal(first[3], second[3])
+    printed = capsys.readouterr().out
+    assert printed.count("cross-fade") == 3 and "mean of 2: middle PSNR" in printed
+    record = json.loads((out / "clip_000_sample_001" / "sample.json").read_text())
+    assert record["scores"]["psnr"] > 0 and record["source"].endswith(".mp4")
+    sheet = iio.imread(out / "clip_000_sample_000" / "sheet.png")
+    assert sheet.shape == (2 * (6 * 16 + 6), 8 * (6 * 16 + 6), 3)  # truth above, generated below
+
+
+def test_a_sample_does_not_depend_on_what_is_drawn_beside_it(sample):
+    alone = frames(sample("--seed", 3))
+    beside = frames(sample("--seed", 3, "--num_samples", 2, out="two") / "clip_000_sample_000")
+    assert all(np.array_equal(a, b) for a, b in zip(alone, beside, strict=True))
+
+
+def test_an_earlier_sample_is_never_overwritten_unasked(sample, pngs, capsys):
+    out = sample(*ends(pngs), "--T", 9)
+    before = (out / "sample.mp4").read_bytes()
+    sample(*ends(pngs), "--seed", 1, status=2)
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert (out / "sample.mp4").read_bytes() == before
+    sample(*ends(pngs), "--seed", 1, "--overwrite")
+    assert len(frames(out)) == 8 and (out / "sample.mp4").read_bytes() != before
+    mine = out.parent / "mine"
+    (mine / "frames").mkdir(parents=True)
+    (mine / "frames" / "001.png").write_text("my picture")
+    sample(*ends(pngs), out="mine", status=2)
+    assert (mine / "frames" / "001.png").read_text() == "my picture"
+
+
+def wrong(pngs, tmp_path):
+    """(flags, message) of wrong uses."""
+    text = tmp_path / "text.png"
+    text.write_text("hello")
+    yield ["--start_images", pngs[0], "--end_images", *pngs[2:]], "--start_images must be 2 images"
+    yield ["--start_images", *pngs[:2]], "must be given together"
+    yield ["--start_images", pngs[0], tmp_path / "no.png", "--end_images", *pngs[2:]], "no.png: no such image file"
+    yield ["--start_images", pngs[0], text, "--end_images", *pngs[2:]], "text.png: not a readable image"
+    yield [*ends(pngs), "--T", 4], "--T must exceed 2 * 2 observed frames"
+    yield [*ends(pngs), "--size", 18], "--size must be divisible by 4"
+    yield [*ends(pngs), "--endpoint_context", 3], "--endpoint_context is fixed by"
+    yield [*ends(pngs), "--color_mode", "gray"], "--color_mode is fixed by"
+    yield [*ends(pngs), "--steps", 5000], "--steps must lie in [1, 1000]"
+    yield [*ends(pngs), "--eta", 2], "argument --eta: must be a number in [0, 1]"
+    yield ["--num_clips", 99], "--num_clips must be at most the 1 held-out clips"
+    yield ["--data_root", tmp_path / "nowhere"], "--data_root must be a folder"
+
+
+def test_wrong_use_is_one_line_and_status_two(sample, pngs, tmp_path, capsys):
+    for flags, message in wrong(pngs, tmp_path):
+        sample(*flags, status=2, out="wrong")
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+
+def test_checkpoints_that_are_none_are_one_line_and_status_two(sample, pngs, tmp_path, ckpt, capsys):
+    cut, other = tmp_path / "cut.pt", tmp_path / "other.pt"
+    cut.write_bytes(ckpt.read_bytes()[:5000])
+    checkpoint = load_checkpoint(ckpt)
+    checkpoint["model_config"]["base_channels"] = 24
+    save_checkpoint(other, checkpoint)
+    for path, message in ((cut, "not a readable checkpoint"), (tmp_path / "no.pt", "no such"), (other, "do not fit")):
+        sample(*ends(pngs), checkpoint=path, status=2, out="bad")
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+
+def test_an_out_dir_that_cannot_be_made_is_one_line(sample, pngs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    sample(*ends(pngs), out="file/out", status=2)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_checkpoint_moves_without_its_data(sample, pngs, ckpt, tmp_path):
+    moved = shutil.copy(ckpt, tmp_path / "moved.pt")
+    assert len(frames(sample(*ends(pngs), checkpoint=moved))) == 8
+
+
+def test_every_flag_is_documented():
+    for action in build_parser()._actions:
+        assert action.help and len(action.help) > 5, action.option_strings
+
+
+def test_defaults_are_those_of_the_original_design():
+    defaults = vars(sample_video_ddpm.build_parser().defaults())
+    expected = {"steps": 40, "eta": 0.0, "guidance_scale": 1.8, "fps": 8, "clip_x0": True, "dynamic_threshold": False}
+    assert {name: defaults[name] for name in expected} == expected

@@ -1,0 +1,435 @@
+"""Training as a user runs it: exact resume, honest refusals, records and previews."""
+
+import json
+import math
+import shutil
+import signal
+
+import imageio.v3 as iio
+import pytest
+import torch
+from conftest import TINY_FLAGS, moving_square
+
+import train_video_ddpm
+from data.video_reader import probe_video
+from train_video_ddpm import PRESETS, build_parser, learning_rate, main, plan_learning_rate
+from utils.checkpoint import load_checkpoint
+from utils.io import save_mp4
+
+
+def run(out_dir, *flags, status=0):
+    """Train in this process with tiny settings and check the exit status."""
+    try:
+        result = main(["--out_dir", str(out_dir), "--cache_dir", str(out_dir.parent / "cache"), *map(str, flags)])
+    except SystemExit as stop:
+        result = stop.code
+    assert result == status
+    return out_dir
+
+
+def same(a, b):
+    """Bitwise equality of nested checkpoints."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def lines(out_dir):
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Deliver a signal right after the given optimiser step, as a terminal would."""
+
+    def arm(step, number=signal.SIGTERM):
+        optimise = train_video_ddpm.optimise
+
+        def optimise_then_signal(state, *rest):
+            result = optimise(state, *rest)
+            if state.step == step:
+                signal.raise_signal(number)
+            return result
+
+        monkeypatch.setattr(train_video_ddpm, "optimise", optimise_then_signal)
+
+    yield arm
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "flags"),
+    [
+        (3, []),  # in the middle of the first epoch (4 steps)
+        (4, []),  # at its end
+        (6, ["--num_workers", "2"]),
+        (5, ["--cache_videos", "--hflip", "--time_reverse"]),
+        (5, ["--grad_accum", "2", "--warmup_steps", "3", "--noise_offset", "0.1", "--ema_update_after_step", "2"]),
+    ],
+)
+def test_resuming_is_exact(square_videos, tmp_path, interrupt, monkeypatch, k, flags):
+    common = [
+        "--data_root",
+        square_videos,
+        "--epochs",
+        "4",
+        "--log_every",
+        "2",
+        "--val_ratio",
+        "0.1",
+        *TINY_FLAGS,
+        *flags,
+    ]
+    straight = run(tmp_path / "straight", *common)
+    with monkeypatch.context():
+        interrupt(k)
+        stopped = run(tmp_path / "stopped", *common, status=128 + signal.SIGTERM)
+        monkeypatch.undo()
+    assert load_checkpoint(stopped / "last.pt")["step"] == k
+    run(stopped, "--data_root", square_videos, "--resume")
+    a, b = (load_checkpoint(folder / "last.pt") for folder in (straight, stopped))
+    for key in (
+        "step",
+        "epoch",
+        "step_in_epoch",
+        "history",
+        "best_val_loss",
+        "lr_scheduler",
+        "model",
+        "ema",
+        "optimizer",
+    ):
+        assert same(a[key], b[key]), key
+    timeless = [
+        [{k: v for k, v in line.items() if k != "clips_per_second"} for line in lines(f)] for f in (straight, stopped)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_same_run_twice_gives_the_same_weights_for_any_number_of_workers(square_videos, tmp_path):
+    common = ["--data_root", square_videos, "--max_steps", "3", "--vis_every", "0", *TINY_FLAGS]
+    weights = [
+        load_checkpoint(run(tmp_path / str(n), *common, "--num_workers", n) / "last.pt")["model"] for n in (0, 2)
+    ]
+    assert same(*weights)
+    other = load_checkpoint(run(tmp_path / "seed", *common, "--seed", "1") / "last.pt")["model"]
+    assert not same(weights[0], other)
+
+
+def test_lines_of_work_that_was_lost_leave_the_record(square_videos, tmp_path):
+    out = run(tmp_path / "a", "--data_root", square_videos, "--max_steps", "2", "--log_every", "1", *TINY_FLAGS)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 3, "loss": 9}\n{"kind": "tra')
+    run(out, "--resume", "--max_steps", "3")
+    assert [line["step"] for line in lines(out) if line["kind"] == "train"] == [1, 2, 3]
+
+
+def test_resume_takes_the_arguments_of_the_checkpoint_and_says_what_overrides_them(square_videos, tmp_path, capsys):
+    out = run(tmp_path / "a", "--data_root", square_videos, "--max_steps", "2", "--color_mode", "gray", *TINY_FLAGS)
+    capsys.readouterr()
+    run(out, "--resume", "--max_steps", "4", "--batch_size", "3", "--size", "16")
+    printed = capsys.readouterr().out
+    assert "--max_steps 4 overrides the checkpoint's 2" in printed
+    assert "--batch_size 3 overrides the checkpoint's 2" in printed
+    assert "--size" not in printed
+    resumed = load_checkpoint(out / "last.pt")
+    assert resumed["step"] == 4 and resumed["args"]["color_mode"] == "gray" and resumed["args"]["batch_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "stored"),
+    [("--size", "32", "16"), ("--T", "9", "8"), ("--base_channels", "24", "12"), ("--color_mode", "gray", "rgb"),
+     ("--timesteps", "500", "1000"), ("--endpoint_context", "1", "2")],
+)  # fmt: skip
+def test_flags_that_contradict_the_checkpoint_are_refused_with_both_values(
+    square_videos, tmp_path, capsys, flag, value, stored
+):
+    out = tmp_path / "a"
+    if not out.exists():
+        run(out, "--data_root", square_videos, "--dry_run", *TINY_FLAGS)
+        shutil.copy(out / "dry_run" / "last.pt", out / "last.pt")
+    run(out, "--resume", flag, value, status=2)
+    error = capsys.readouterr().err
+    assert f"{flag} is fixed by" in error and f"got {value}, the checkpoint has {stored}" in error
+
+
+def test_a_run_is_never_started_over_or_overwritten_silently(square_videos, tmp_path, capsys):
+    run(tmp_path / "none", "--data_root", square_videos, "--resume", status=2)
+    assert "there is no" in capsys.readouterr().err
+    out = run(tmp_path / "a", "--data_root", square_videos, "--max_steps", "1", "--vis_every", "0", *TINY_FLAGS)
+    before = (out / "last.pt").read_bytes()
+    run(out, "--data_root", square_videos, *TINY_FLAGS, status=2)
+    assert "already holds a last.pt; pass --resume" in capsys.readouterr().err
+    run(out, "--data_root", square_videos, "--dry_run", *TINY_FLAGS)  # keeps to a folder of its own
+    assert (out / "last.pt").read_bytes() == before and (out / "dry_run" / "last.pt").is_file()
+
+
+# --- learning rate ----------------------------------------------------------------------------------------------------
+
+
+def arguments(*flags):
+    return build_parser().parse_args(list(flags))
+
+
+def test_the_learning_rate_is_a_cosine_over_the_steps_that_will_run():
+    plan = plan_learning_rate(arguments("--lr", "0.01"), 100, 0, None)
+    for step in (0, 25, 50, 99):
+        assert learning_rate(step, plan) == pytest.approx(0.005 * (1 + math.cos(math.pi * step / 100)))
+    warm = plan_learning_rate(arguments("--lr", "0.01", "--warmup_steps", "10"), 100, 0, None)
+    assert [learning_rate(step, warm) for step in (0, 4, 9, 10)] == pytest.approx([0.001, 0.005, 0.01, 0.01])
+    assert learning_rate(100, warm) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("total", [60, 200, 1000])
+def test_another_length_on_resume_never_makes_the_learning_rate_jump(total):
+    args = arguments("--lr", "0.01")
+    before = plan_learning_rate(args, 100, 0, None)
+    after = plan_learning_rate(args, total, 40, before)
+    rates = [learning_rate(step, before) for step in range(40)] + [learning_rate(s, after) for s in range(40, total)]
+    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert rates[40] == pytest.approx(learning_rate(40, before))
+    assert learning_rate(total, after) == pytest.approx(0)
+    assert plan_learning_rate(args, 100, 40, before) == before  # the same length: the same curve, exactly
+
+
+def test_a_new_peak_on_resume_starts_its_own_cosine():
+    before = plan_learning_rate(arguments("--lr", "0.01"), 100, 0, None)
+    after = plan_learning_rate(arguments("--lr", "0.002"), 200, 100, before)
+    assert learning_rate(100, after) == 0.002 and learning_rate(150, after) == pytest.approx(0.001)
+
+
+def test_the_schedule_counts_max_steps(square_videos, tmp_path):
+    out = run(
+        tmp_path / "a", "--data_root", square_videos, "--max_steps", "6", "--epochs", "50", "--log_every", "1",
+        "--vis_every", "0", *TINY_FLAGS,
+    )  # fmt: skip
+    rates = [line["lr"] for line in lines(out) if line["kind"] == "train"]
+    assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
+
+
+# --- what a run does --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A short but real run on clips of one moving square."""
+    root = tmp_path_factory.mktemp("learned")
+    for side, first, count in (("train", 0, 24), ("val", 100, 3)):
+        (root / "videos" / side).mkdir(parents=True)
+        for i in range(count):
+            save_mp4(root / "videos" / side / f"{i}.mp4", moving_square(first + i, size=16), fps=10)
+    return run(
+        root / "out", "--data_root", root / "videos", "--epochs", "12", "--ema_decay", "0.9", "--log_every", "3",
+        "--ema_update_after_step", "10", *TINY_FLAGS, "--lr", "2e-3", "--batch_size", "4", "--vis_every", "5",
+        "--cache_videos",
+    )  # fmt: skip
+
+
+def test_training_lowers_the_validation_loss(learned):
+    losses = [line["val_loss"] for line in lines(learned) if line["kind"] == "val"]
+    assert len(losses) == 12
+    # a step with the wrong sign, or weights that are not the trained ones, would leave it where it was
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_best_follows_the_validation_loss(learned):
+    losses = [line["val_loss"] for line in lines(learned) if line["kind"] == "val"]
+    best = load_checkpoint(learned / "best.pt")
+    assert best["best_val_loss"] == min(losses)
+    assert best["history"]["epochs"][-1]["val_loss"] == min(losses)
+
+
+def test_records_say_what_happened(learned):
+    train = [line for line in lines(learned) if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [1, *range(3, 73, 3)]
+    for line in train:
+        assert {"epoch", "loss", "lr", "grad_norm", "clips_per_second", "gpu_memory_mib"} <= set(line)
+    val = [line for line in lines(learned) if line["kind"] == "val"]
+    shown = [line["epoch"] for line in val if "psnr" in line]
+    assert shown == [5, 10, 12]  # and always at the end
+    assert all(math.isfinite(line["psnr"]) and line["psnr_cross_fade"] > 5 for line in val if "psnr" in line)
+    described = json.loads((learned / "run.json").read_text())
+    assert described["args"]["size"] == 16 and described["versions"]["torch"] and "device" in described
+    assert described["git"] is None or set(described["git"]) == {"commit", "dirty"}
+
+
+def test_previews_show_truth_above_generated_with_the_observed_frames_untouched(learned):
+    previews = sorted(path.name for path in learned.glob("epoch_*"))
+    assert previews == [f"epoch_{e:04d}_sample.{kind}" for e in (5, 10, 12) for kind in ("mp4", "png")]
+    sheet = iio.imread(learned / "epoch_0012_sample.png")
+    side = 6 * 16 + 6
+    assert sheet.shape == (3 * 2 * side, 8 * side, 3)
+    for clip in range(3):
+        rows = sheet[clip * 2 * side : (clip + 1) * 2 * side].reshape(2, side, 8, side, 3)
+        for frame in range(8):
+            equal = (rows[0, :, frame] == rows[1, :, frame]).all()
+            assert equal == (frame in (0, 1, 6, 7))
+    assert probe_video(learned / "epoch_0012_sample.mp4").frames == 8
+
+
+def test_curves_are_drawn_where_matplotlib_is(learned):
+    pytest.importorskip("matplotlib", reason="optional: pip install matplotlib")
+    assert iio.imread(learned / "training_curves.png").shape[2] >= 3
+
+
+def test_the_checkpoint_holds_what_the_design_lists(learned):
+    checkpoint = load_checkpoint(learned / "last.pt")
+    assert checkpoint["clip_config"] == {"num_frames": 8, "size": 16, "frame_stride": 1, "color_mode": "rgb"}
+    assert checkpoint["diffusion_config"] == {"timesteps": 1000, "schedule": "cosine", "noise_offset": 0.0}
+    assert checkpoint["model_config"]["endpoint_context"] == 2
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in checkpoint["model"])
+    assert checkpoint["model"].keys() == checkpoint["ema"].keys()
+    assert (checkpoint["step"], checkpoint["epoch"], checkpoint["step_in_epoch"]) == (72, 12, 0)
+
+
+def test_a_dry_run_takes_two_steps_a_preview_and_a_save(square_videos, tmp_path):
+    out = run(tmp_path / "a", "--data_root", square_videos, "--dry_run", *TINY_FLAGS)
+    made = {path.name for path in (out / "dry_run").iterdir()}
+    assert {"last.pt", "metrics.jsonl", "run.json"} < made and any(name.endswith("sample.png") for name in made)
+    assert load_checkpoint(out / "dry_run" / "last.pt")["step"] == 2 and not (out / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--T", "3", "--endpoint_context", "1"],  # M = 1
+        ["--T", "7", "--endpoint_context", "3"],
+        ["--frame_stride", "2", "--T", "6", "--color_mode", "gray"],
+        ["--beta_schedule", "linear", "--timesteps", "50", "--dynamic_threshold", "--noise_offset", "0.05"],
+        ["--max_videos", "3", "--batch_size", "8"],  # fewer clips than a step needs
+        ["--amp", "--save_every", "1", "--grad_clip", "0"],
+    ],
+)
+def test_every_shape_of_run_works(square_videos, tmp_path, capsys, flags):
+    run(tmp_path / "a", "--data_root", square_videos, "--max_steps", "2", *TINY_FLAGS, *flags)
+    printed = capsys.readouterr().out
+    assert "2 steps" in printed and ("--amp does nothing on cpu" in printed)
+    checkpoint = load_checkpoint(tmp_path / "a" / "last.pt")
+    assert all(value.isfinite().all() for value in checkpoint["ema"].values())
+
+
+def test_ema_copies_first_and_then_averages(square_videos, tmp_path):
+    common = ["--data_root", square_videos, "--vis_every", "0", "--ema_decay", "0.9", "--ema_update_after_step", "2"]
+    out = run(tmp_path / "a", *common, "--epochs", "1", "--save_every", "1", "--max_steps", "2", *TINY_FLAGS)
+    early = load_checkpoint(out / "last.pt")
+    assert same(early["ema"], early["model"])
+    run(out, "--resume", "--max_steps", "3", "--lr", "1e-3")
+    late = load_checkpoint(out / "last.pt")
+    for name, value in late["ema"].items():
+        torch.testing.assert_close(value, 0.9 * early["ema"][name] + 0.1 * late["model"][name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_is_never_saved(
+    square_videos, tmp_path, capsys, monkeypatch
+):
+    common = ["--data_root", square_videos, "--save_every", "1", "--vis_every", "0", *TINY_FLAGS]
+    out = tmp_path / "a"
+    loss, calls = train_video_ddpm.diffusion_loss, []
+
+    def poisoned(*args):
+        terms = loss(*args)
+        calls.append(1)
+        return terms._replace(total=terms.total * float("nan")) if len(calls) == 3 else terms
+
+    monkeypatch.setattr(train_video_ddpm, "diffusion_loss", poisoned)
+    run(out, *common, "--epochs", "2", status=1)
+    error = capsys.readouterr().err
+    assert "step 3: the loss must stay finite (got loss nan" in error
+    assert f"the last good checkpoint is {out / 'last.pt'}" in error and error.count("\n") == 1
+    kept = load_checkpoint(out / "last.pt")
+    assert kept["step"] == 2 and all(value.isfinite().all() for value in kept["model"].values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(square_videos, tmp_path, capsys, interrupt, number):
+    interrupt(2, number)
+    out = run(tmp_path / "a", "--data_root", square_videos, "--epochs", "9", *TINY_FLAGS, status=128 + number)
+    assert load_checkpoint(out / "last.pt")["step"] == 2
+    printed = capsys.readouterr().out
+    assert f"stopped by {signal.Signals(number).name} after step 2; go on with: " in printed
+    assert printed.rstrip().endswith("--resume")
+
+
+def test_compiled_training_keeps_clean_names(square_videos, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__))
+    out = run(
+        tmp_path / "a", "--data_root", square_videos, "--max_steps", "1", "--compile", "--vis_every", "0", *TINY_FLAGS
+    )
+    assert compiled == ["VideoUNet3D"]  # in place, so the state dict is untouched
+    assert not any("_orig_mod" in name for name in load_checkpoint(out / "last.pt")["model"])
+
+
+def test_presets_fill_only_what_was_not_given():
+    parser = build_parser()
+    given = parser.parse_given(["--preset", "demo", "--size", "64"])
+    assert given == {"preset": "demo", "size": 64}
+    assert set(PRESETS["demo"]) <= set(vars(parser.defaults()))
+    args, _ = train_video_ddpm.resolve_arguments(parser, ["--preset", "demo", "--size", "64", "--out_dir", "nowhere"])
+    assert args.size == 64 and args.base_channels == PRESETS["demo"]["base_channels"] and args.out_dir == "nowhere"
+
+
+def test_defaults_are_those_of_the_original_design():
+    expected = {
+        "val_ratio": 0.01, "out_dir": "outputs/train", "num_frames": 8, "size": 64, "frame_stride": 1,
+        "color_mode": "rgb", "endpoint_context": 2, "batch_size": 8, "lr": 1e-4, "epochs": 30, "timesteps": 1000,
+        "beta_schedule": "cosine", "cfg_drop_prob": 0.08, "ema_decay": 0.999, "ema_update_after_step": 100,
+        "base_channels": 96, "channel_mults": [1, 2, 4], "res_blocks": 2, "temporal_attn_levels": [1, 2],
+        "temporal_loss_weight": 0.05, "log_every": 20, "num_workers": 4, "seed": 42, "max_videos": None, "max_steps": 0,
+        "grad_clip": 1.0, "amp": True, "vis_every": 1, "vis_guidance_scale": 1.5, "vis_steps": 40, "noise_offset": 0.0,
+        "dynamic_threshold": False, "tensorboard": False, "cache_videos": False, "resume": False,
+    }  # fmt: skip
+    defaults = vars(build_parser().defaults())
+    assert {name: defaults[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--T", "4"],
+            "--T must exceed 2 * --endpoint_context so that a middle exists (got --T 4, --endpoint_context 2)",
+        ),
+        (["--size", "60"], "--size must be divisible by 8"),
+        (["--size", "0"], "argument --size: must be an integer of at least 1 (got 0)"),
+        (["--lr", "nan"], "argument --lr: must be a number above 0 (got nan)"),
+        (["--val_ratio", "1.5"], "argument --val_ratio: must be a number in (0, 1) (got 1.5)"),
+        (["--cfg_drop_prob", "-1"], "argument --cfg_drop_prob: must be a number in [0, 1] (got -1)"),
+        (["--color_mode", "sepia"], "argument --color_mode: invalid choice: 'sepia'"),
+        (["--max_videos", "1"], "--max_videos must be at least 2"),
+        (["--base_channels", "30"], "--base_channels must be a positive multiple of 4 (got 30)"),
+        (["--temporal_attn_levels", "3"], "--temporal_attn_levels must lie in [0, 2]"),
+        (["--vis_steps", "2000"], "--steps must lie in [1, 1000]"),
+        (["--device", "tpu"], "argument --device: must be auto, cpu, cuda or cuda:N (got tpu)"),
+        (["--base", "8"], "unrecognized arguments: --base 8"),
+        (["--data_root", "/nowhere"], "--data_root must be a folder (got /nowhere)"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_two(square_videos, tmp_path, capsys, flags, message):
+    if "--data_root" not in flags:
+        flags = ["--data_root", square_videos, *flags]
+    run(tmp_path / "a", *flags, status=2)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_an_out_dir_that_cannot_be_made_is_one_line(square_videos, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    run(tmp_path / "file" / "out", "--data_root", square_videos, *TINY_FLAGS, status=2)
+    error = capsys.readouterr().err
+    assert "file/out" in error and error.count("\n") == 1
+
+
+def test_every_flag_is_documented(capsys):
+    parser = build_parser()
+    for action in parser._actions:
+        assert action.help and len(action.help) > 5, action.option_strings
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--help"])
+    assert stop.value.code == 0 and "--endpoint_context" in capsys.readouterr().out
