@@ -1,0 +1,112 @@
+"""The README as a user follows it: every command runs (with the sizes lowered), every flag and file it names exists."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS
+
+import sample_video_ddpm
+import train_video_ddpm
+from diffusion.sampler import sample_middle
+from models.video_unet3d import VideoUNet3D, build_model
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)]
+SCRIPTS = {
+    "train_video_ddpm.py": train_video_ddpm.build_parser(),
+    "sample_video_ddpm.py": sample_video_ddpm.build_parser(),
+}
+
+
+def commands():
+    """(script, arguments) of every command of the README that runs one of ours."""
+    for block in BLOCKS:
+        for line in re.split(r"&&|\n", block):
+            words = shlex.split(line)
+            if words[:1] == ["python"] and words[1] in SCRIPTS:
+                yield words[1], words[2:]
+
+
+def lowered(script, arguments, videos):
+    """The same command on small clips, for two steps, on the CPU: later flags win."""
+    arguments = [str(videos) if word == "/path/to/data_root" else word for word in arguments]
+    if script == "sample_video_ddpm.py":
+        arguments = [word for word in arguments if word != "4"] if "--num_clips" in arguments else arguments
+        arguments = [word if word != "--num_clips" else "--num_clips=1" for word in arguments]
+        return [*arguments, "--steps", "2", "--device", "cpu"]
+    if "--resume" in arguments:
+        return [*arguments, "--max_steps", "3", "--device", "cpu"]
+    return [*arguments, *TINY_FLAGS, "--max_steps", "2", "--device", "cpu"]
+
+
+def test_every_command_of_the_readme_runs_in_order(square_videos, tmp_path):
+    for name in ("start_0", "start_1", "end_0", "end_1"):
+        iio.imwrite(tmp_path / f"{name}.png", np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    found = list(commands())
+    assert [script for script, _ in found].count("train_video_ddpm.py") >= 4 and len(found) >= 6
+    for script, arguments in found:
+        call = [sys.executable, ROOT / script, *lowered(script, arguments, square_videos)]
+        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=quiet_environment())
+        assert done.returncode == 0, f"{shlex.join(map(str, call))}\n{done.stderr}"
+    assert (tmp_path / "outputs/demo/last.pt").is_file() and (
+        tmp_path / "outputs/sample_motion_ctx2/sample.mp4"
+    ).is_file()
+
+
+def quiet_environment():
+    import os
+
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_every_flag_named_in_the_readme_exists():
+    known = {option for parser in SCRIPTS.values() for action in parser._actions for option in action.option_strings}
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z_0-9]+", README))
+    assert named - known == set()
+
+
+def test_every_file_linked_from_the_readme_exists():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).is_file(), target
+
+
+def test_the_parameter_count_in_the_readme_is_the_default_networks():
+    with torch.device("meta"):
+        count = sum(p.numel() for p in VideoUNet3D().parameters())
+    assert f"{count:,} parameters" in README
+
+
+def test_the_python_example_of_the_readme_runs():
+    code = re.search(r"```python\n(.*?)```", README, flags=re.S).group(1)
+    config = {"image_channels": 3, "base_channels": 12, "channel_mults": [1], "res_blocks": 1}
+    model = build_model(config | {"temporal_attn_levels": [], "endpoint_context": 2})
+    context = torch.zeros(1, 3, 2, 8, 8)
+    scope = {"model": model, "start_context": context, "end_context": context}
+    exec(code, scope)
+    assert scope["middle"].shape == (1, 3, 4, 8, 8) and scope["sample_middle"] is sample_middle
+
+
+def test_scripts_end_with_one_line_and_status_two_as_processes():
+    for script in SCRIPTS:
+        done = subprocess.run(
+            [sys.executable, ROOT / script, "--size", "-3"], capture_output=True, text=True, env=quiet_environment()
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--size" in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_complete(script):
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env=quiet_environment()
+    )
+    assert done.returncode == 0
+    for action in SCRIPTS[script]._actions:
+        assert all(option in done.stdout for option in action.option_strings)
