@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     try:
         sample(parser.parse_args(argv))
-    except (ValueError, OSError, argparse.ArgumentTypeError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "stopped\n")

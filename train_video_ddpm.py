@@ -62,20 +62,18 @@ PREVIEW_CLIPS = 8
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # What a checkpoint was trained as. On --resume these may be repeated but not changed.
-FIXED_FLAGS = {
-    "T": "num_frames", "size": "size", "frame_stride": "frame_stride", "color_mode": "color_mode",
-    "endpoint_context": "endpoint_context", "base_channels": "base_channels", "channel_mults": "channel_mults",
-    "res_blocks": "res_blocks", "temporal_attn_levels": "temporal_attn_levels", "timesteps": "timesteps",
-    "beta_schedule": "beta_schedule", "noise_offset": "noise_offset",
-}  # fmt: skip
+FIXED_FLAGS = (
+    "num_frames", "size", "frame_stride", "color_mode", "endpoint_context", "base_channels", "channel_mults",
+    "res_blocks", "temporal_attn_levels", "timesteps", "beta_schedule", "noise_offset",
+)  # fmt: skip
 UNSAVED_FLAGS = ("resume", "dry_run", "preset")  # what a command does, as against what a run is
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Five minutes on two CPU cores: small frames, a small network, few sampler steps.
     "demo": {
         "out_dir": "outputs/demo", "size": 32, "base_channels": 24, "channel_mults": [1, 2], "res_blocks": 1,
-        "temporal_attn_levels": [1], "batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 40, "max_steps": 1000,
-        "ema_decay": 0.99, "vis_every": 10, "vis_steps": 20, "vis_guidance_scale": 1.0, "log_every": 50,
+        "temporal_attn_levels": [1], "batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 40, "max_steps": 800,
+        "ema_decay": 0.99, "vis_every": 10, "vis_steps": 8, "vis_guidance_scale": 1.0, "log_every": 50,
         "num_workers": 0, "cache_videos": True,
     },
 }  # fmt: skip
@@ -227,8 +225,9 @@ def resolve_arguments(parser: Parser, argv: list[str] | None) -> tuple[argparse.
             raise ValueError(f"--resume: there is no {last} to go on from; without --resume a new run starts")
         checkpoint = load_checkpoint(last)
         stored = {name: value for name, value in checkpoint["args"].items() if name in values}
-        for flag, name in FIXED_FLAGS.items():
+        for name in FIXED_FLAGS:
             if name in given and given[name] != stored[name]:
+                flag = "T" if name == "num_frames" else name
                 raise ValueError(f"--{flag} is fixed by {last} (got {given[name]}, the checkpoint has {stored[name]})")
         for name, value in given.items():
             if name in stored and stored[name] != value:
@@ -310,9 +309,14 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def ignore_keyboard(worker: int) -> None:
-    """A loading process leaves Ctrl-C to the main one. It must still end on SIGTERM, which is how it is shut down."""
+def outlive_first_signal(worker: int) -> None:
+    """A loading process leaves stopping to the main one, even where a signal goes to the whole process group.
+
+    Its death would break the main process in the middle of a save. The second SIGTERM ends it, as torch's own shutdown
+    of a stuck process needs.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def choose_amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
@@ -455,18 +459,19 @@ def save(path: Path, state: TrainingState, args: argparse.Namespace, epoch_steps
 # --- the story --------------------------------------------------------------------------------------------------------
 
 
-def open_clips(args: argparse.Namespace, workers: int) -> tuple[VideoClipDataset, VideoClipDataset]:
+def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDataset]:
     """The training and the validation clips.
 
     Raises: ValueError: if there are none, or no room for the cache.
     """
-    root = args.data_root or make_synthetic_videos(args.cache_dir, save_mp4, max(1, workers))
+    threads = os.cpu_count() or 1
+    root = args.data_root or make_synthetic_videos(args.cache_dir, save_mp4, threads)
     train_videos, val_videos = prepare_videos(
         root, span=(args.num_frames - 1) * args.frame_stride + 1, val_ratio=args.val_ratio, seed=args.seed,
-        cache_dir=args.cache_dir, max_videos=args.max_videos, workers=workers, log=tqdm.write,
+        cache_dir=args.cache_dir, max_videos=args.max_videos, workers=threads, log=tqdm.write,
     )  # fmt: skip
     if args.cache_videos:
-        source = CachedFrames([*train_videos, *val_videos], args.size, args.color_mode, args.cache_dir, workers)
+        source = CachedFrames([*train_videos, *val_videos], args.size, args.color_mode, args.cache_dir, threads)
     else:
         source = DecodedFrames(args.size, args.color_mode)
     window = {"num_frames": args.num_frames, "frame_stride": args.frame_stride, "seed": args.seed}
@@ -573,11 +578,11 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
 
     # data
     workers = min(args.num_workers, os.cpu_count() or 1)
-    train_clips, val_clips = open_clips(args, workers)
+    train_clips, val_clips = open_clips(args)
     failures = ReadFailures(log=tqdm.write)
     loading = {
         "num_workers": workers, "collate_fn": collate, "pin_memory": device.type == "cuda",
-        "persistent_workers": workers > 0, "worker_init_fn": ignore_keyboard,
+        "persistent_workers": workers > 0, "worker_init_fn": outlive_first_signal,
     }  # fmt: skip
 
     def clips_on_device(batches: Iterable) -> Iterator[Tensor]:
@@ -595,6 +600,13 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
     if args.dry_run:
         total_steps, last_position = state.step + 2, state.position + 2
     state.plan = plan_learning_rate(args, total_steps, state.step, state.plan)
+
+    def finished() -> bool:
+        return state.step >= total_steps or state.position >= last_position
+
+    if finished():
+        print(f"nothing to do: the run has all its {state.step} steps; a longer one needs more --epochs or --max_steps")
+        return 0
     describe_run(args, state, (len(train_clips), len(val_clips)), total_steps, amp_dtype)
     if args.compile:
         state.model.compile(dynamic=False)  # in place: the state dict keeps its names
@@ -622,8 +634,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
         entry = {"step": state.step, "epoch": epoch, "train_loss": train_loss, "val_loss": val_loss}
         state.history["epochs"].append(entry)
         line = f"epoch {epoch}/{args.epochs}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}"
-        ending = state.step >= total_steps or state.position >= last_position
-        if args.vis_every and (epoch % args.vis_every == 0 or ending):
+        if args.dry_run or (args.vis_every and (epoch % args.vis_every == 0 or finished())):
             clip = next(clips_on_device([collate([val_clips[key] for key in preview_keys])]))
             made, entry["psnr"], entry["psnr_cross_fade"] = preview(state.ema, schedule, clip, args, amp_dtype)
             sheet = save_preview(out_dir / f"epoch_{epoch:04d}_sample", clip, made, args.endpoint_context)
@@ -643,49 +654,44 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
     clock, clips_seen = time.perf_counter(), 0
     state.model.train()
     try:
-        while state.step < total_steps and state.position < last_position and stop.signal is None:
+        while not finished() and stop.signal is None:
             step_before = state.step
-            try:
-                loss, norm = optimise(state, schedule, batches, args, amp_dtype)
-            except FloatingPointError as error:
-                kept = out_dir / "last.pt"
-                good = f"the last good checkpoint is {kept}" if kept.is_file() else "no checkpoint was saved yet"
-                raise FloatingPointError(f"step {state.step + 1}: {error}; nothing of it was kept, {good}") from error
-            except RuntimeError:
-                if stop.signal is None:
-                    raise
-                break  # a SIGTERM to the whole group ended a loading process in mid-step; the weights have not moved
+            loss, norm = optimise(state, schedule, batches, args, amp_dtype)
             clips_seen += args.batch_size * args.grad_accum
-            if state.step > step_before:
+            moved = state.step > step_before  # not so where the fp16 scaler skipped the update
+            if moved:
                 bar.update()
                 for sums in state.history["sums"].values():
                     sums[:] = [sums[0] + loss, sums[1] + 1]
-                if state.step % args.log_every == 0 or state.step == 1:
-                    mean_loss = take_mean(state.history["sums"]["log"])
-                    state.history["train"].append([state.step, mean_loss])
-                    speed, clock, clips_seen = clips_seen / (time.perf_counter() - clock), time.perf_counter(), 0
-                    lr = learning_rate(state.step - 1, state.plan)
-                    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-                    records.add(
-                        "train", state.step, epoch=state.position / epoch_steps, loss=mean_loss, lr=lr, grad_norm=norm,
-                        clips_per_second=speed, gpu_memory_mib=memory,
-                    )  # fmt: skip
-                    bar.set_postfix(loss=f"{mean_loss:.4f}")
-                    if bar.disable:
-                        print(f"step {state.step}  loss {mean_loss:.4f}  lr {lr:.2e}  {speed:.1f} clips/s", flush=True)
-            if state.position % epoch_steps == 0 or state.step >= total_steps:
+            if moved and (state.step % args.log_every == 0 or state.step == 1):
+                mean_loss = take_mean(state.history["sums"]["log"])
+                state.history["train"].append([state.step, mean_loss])
+                speed, clock, clips_seen = clips_seen / (time.perf_counter() - clock), time.perf_counter(), 0
+                lr = learning_rate(state.step - 1, state.plan)
+                memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+                records.add(
+                    "train", state.step, epoch=state.position / epoch_steps, loss=mean_loss, lr=lr, grad_norm=norm,
+                    clips_per_second=speed, gpu_memory_mib=memory,
+                )  # fmt: skip
+                bar.set_postfix(loss=f"{mean_loss:.4f}")
+                if bar.disable:
+                    print(f"step {state.step}  loss {mean_loss:.4f}  lr {lr:.2e}  {speed:.1f} clips/s", flush=True)
+            if state.position % epoch_steps == 0 or finished():
                 finish_epoch()
                 clock, clips_seen = time.perf_counter(), 0
-            elif args.save_every and state.step > step_before and state.step % args.save_every == 0:
+            elif moved and args.save_every and state.step % args.save_every == 0:
                 save(out_dir / "last.pt", state, args, epoch_steps)
-        unfinished = state.step < total_steps and state.position < last_position
-        if unfinished:
-            save(out_dir / "last.pt", state, args, epoch_steps)
+    except FloatingPointError as error:
+        kept = out_dir / "last.pt"
+        good = f"the last good checkpoint is {kept}" if kept.is_file() else "no checkpoint was saved yet"
+        raise FloatingPointError(f"step {state.step + 1}: {error}; nothing of it was kept, {good}") from error
     finally:
         bar.close()
         records.close()
         stop.restore()
-    if unfinished:
+    if stop.signal is not None:
+        save(out_dir / "last.pt", state, args, epoch_steps)
+    if not finished():
         name = signal.Signals(stop.signal).name
         print(f"stopped by {name} after step {state.step}; go on with: {resume_command(args)}")
         return 128 + stop.signal
@@ -704,7 +710,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     try:
         return train(*resolve_arguments(parser, argv))
-    except (ValueError, OSError, argparse.ArgumentTypeError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")

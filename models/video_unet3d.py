@@ -17,6 +17,7 @@ from models.modules.film import FiLM
 from models.modules.temporal_attention import sinusoidal_embedding
 
 ATTENTION_HEADS = 4
+LARGEST_NUMBER = 4096  # in a model_config: an absurd one in a foreign checkpoint must not exhaust memory
 
 
 class Level(nn.Module):
@@ -192,6 +193,9 @@ def check_architecture(
 
     Raises: ValueError: naming the flag, the rule and the value.
     """
+    numbers = (base_channels, *channel_mults, res_blocks, *temporal_attn_levels, endpoint_context)
+    if not all(isinstance(number, int) and number <= LARGEST_NUMBER for number in numbers):
+        raise ValueError(f"the network's numbers must be integers of at most {LARGEST_NUMBER} (got {list(numbers)})")
     if base_channels < 4 or base_channels % ATTENTION_HEADS:
         raise ValueError(f"--base_channels must be a positive multiple of {ATTENTION_HEADS} (got {base_channels})")
     if not channel_mults or min(channel_mults) < 1:
@@ -229,4 +233,6 @@ def build_model(model_config: Mapping[str, Any]) -> VideoUNet3D:
     if set(model_config) != MODEL_CONFIG_KEYS:
         difference = sorted(MODEL_CONFIG_KEYS.symmetric_difference(model_config))
         raise ValueError(f"model_config must have the keys {sorted(MODEL_CONFIG_KEYS)} (differs in {difference})")
+    if not all(isinstance(model_config[key], (list, tuple)) for key in ("channel_mults", "temporal_attn_levels")):
+        raise ValueError("model_config: channel_mults and temporal_attn_levels must be lists of integers")
     return VideoUNet3D(**model_config)

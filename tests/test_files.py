@@ -9,7 +9,7 @@ import torch
 
 from data.video_reader import probe_video, read_frames
 from utils import io
-from utils.checkpoint import KEYS, load_checkpoint, load_weights, save_checkpoint
+from utils.checkpoint import KEYS, MAPPINGS, load_checkpoint, load_weights, save_checkpoint
 from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
 
 RNG = np.random.default_rng(0)
@@ -136,7 +136,7 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 def state(**changes):
-    values = dict.fromkeys(KEYS[1:], 0) | {"model": {"w": torch.arange(3.0)}}
+    values = dict.fromkeys(KEYS[1:], 0) | {name: {} for name in MAPPINGS} | {"model": {"w": torch.arange(3.0)}}
     return values | changes
 
 
@@ -182,7 +182,9 @@ def test_what_is_no_checkpoint_is_one_clear_error(tmp_path):
     torch.save({"weights": 1}, tmp_path / "foreign.pt")
     torch.save({"format": 99}, tmp_path / "newer.pt")
     torch.save({"format": 1, "step": 0}, tmp_path / "partial.pt")
+    save_checkpoint(tmp_path / "odd.pt", state(model_config=[1, 2]))
     expected = {
+        "odd": "model_config must be a dict",
         "missing": "no such checkpoint", "cut": "not a readable checkpoint", "empty": "not a readable checkpoint",
         "text": "not a readable checkpoint", "foreign": "has no 'format'", "newer": r"format must be 1 \(got 99\)",
         "partial": "lacks epoch, ",

@@ -179,6 +179,9 @@ def test_sinusoids_hold_sine_and_cosine_from_unit_to_longest_period():
         ({"res_blocks": 0}, "--res_blocks must be at least 1"),
         ({"endpoint_context": 0}, "--endpoint_context must be at least 1"),
         ({"temporal_attn_levels": [2]}, r"--temporal_attn_levels must lie in \[0, 1\].*got 2"),
+        ({"base_channels": 10**9}, "integers of at most 4096"),
+        ({"res_blocks": "two"}, "integers of at most 4096"),
+        ({"channel_mults": 3}, "must be lists of integers"),
         ({"depth": 3}, "model_config must have the keys .*depth"),
     ],
 )

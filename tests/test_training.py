@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
@@ -433,3 +437,39 @@ def test_every_flag_is_documented(capsys):
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--help"])
     assert stop.value.code == 0 and "--endpoint_context" in capsys.readouterr().out
+
+
+def test_a_sigterm_to_the_whole_process_group_is_a_clean_stop_even_with_loading_processes(square_videos, tmp_path):
+    command = [
+        sys.executable,
+        Path(train_video_ddpm.__file__),
+        "--data_root",
+        square_videos,
+        "--out_dir",
+        tmp_path / "a",
+    ]
+    flags = [
+        "--cache_dir",
+        tmp_path / "cache",
+        "--epochs",
+        "10000",
+        *TINY_FLAGS,
+        "--num_workers",
+        "2",
+        "--vis_every",
+        "0",
+    ]
+    process = subprocess.Popen(
+        list(map(str, command + flags)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 20 "):
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "stopped by SIGTERM after step" in printed and "Traceback" not in errors
+    step = load_checkpoint(tmp_path / "a" / "last.pt")["step"]
+    run(tmp_path / "a", "--resume", "--num_workers", "0", "--max_steps", step + 1)
+    assert load_checkpoint(tmp_path / "a" / "last.pt")["step"] == step + 1

@@ -12,6 +12,7 @@ KEYS = (
     "format", "step", "epoch", "step_in_epoch", "model", "ema", "optimizer", "lr_scheduler", "scaler", "rng",
     "model_config", "diffusion_config", "clip_config", "args", "history", "best_val_loss",
 )  # fmt: skip
+MAPPINGS = ("model", "ema", "optimizer", "scaler", "model_config", "diffusion_config", "clip_config", "args", "history")
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -53,6 +54,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     missing = [key for key in KEYS if key not in state]
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {', '.join(missing)}")
+    wrong = [key for key in MAPPINGS if not isinstance(state[key], dict)]
+    if wrong:
+        raise ValueError(f"{path}: in a checkpoint {', '.join(wrong)} must be a dict")
     return state
 
 

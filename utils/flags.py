@@ -5,6 +5,8 @@ Each type is what argparse calls on the text of a flag; the range is part of its
 
 import argparse
 import math
+import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -38,23 +40,26 @@ decay = ranged(float, "a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
 def device_name(text: str) -> str:
-    """The name of a device that this machine has, or "auto"; kept as a name, so that a resumed run can move."""
-    resolve_device(text)
+    """The name of a device, or "auto"; kept as a name, so that a checkpoint moves between machines."""
+    if text != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N (got {text})")
     return text
 
 
 def resolve_device(text: str) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one, else the CPU.
+    """The device of that name; "auto" is the GPU where there is one. Without any GPU, cuda becomes cpu and says so.
 
-    Raises: argparse.ArgumentTypeError, a ValueError's sibling: for a device that is not here.
+    Raises: ValueError: for a GPU number that this machine does not have.
     """
+    count = torch.cuda.device_count()
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if text.split(":")[0] not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N (got {text})")
+        return torch.device("cuda" if count else "cpu")
     device = torch.device(text)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text} is not on this machine ({torch.cuda.device_count()} CUDA devices)")
+    if device.type == "cuda" and not count:
+        print(f"--device {text}: there is no CUDA device here, going on with cpu", file=sys.stderr)
+        return torch.device("cpu")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"--device must name one of the {count} CUDA devices of this machine (got {text})")
     return device
 
 
