@@ -42,10 +42,10 @@ class CachedFrames:
         self.path = Path(cache_dir) / f"frames_{key}.u8"
         counts_path = self.path.with_suffix(".json")
         total = sum(video.info.frames for video in videos)
-        if not (self.path.is_file() and counts_path.is_file()):
-            self._check_disk(total)
-            cached = self._write(videos, DecodedFrames(size, color_mode), total, workers)
-            counts_path.write_text(json.dumps(cached))
+        whole = total * int(np.prod(self.frame_shape))
+        if not (self.path.is_file() and counts_path.is_file() and self.path.stat().st_size == whole):
+            self._check_disk(whole)
+            self._write(videos, DecodedFrames(size, color_mode), total, counts_path, workers)
         cached = json.loads(counts_path.read_text())
         starts = np.cumsum([0] + [video.info.frames for video in videos]).tolist()
         self.places = {
@@ -67,17 +67,18 @@ class CachedFrames:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_map": None}
 
-    def _check_disk(self, total: int) -> None:
-        needed = total * int(np.prod(self.frame_shape)) + DISK_MARGIN
-        free = shutil.disk_usage(self.path.parent).free
+    def _check_disk(self, whole: int) -> None:
+        needed, free = whole + DISK_MARGIN, shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise ValueError(
                 f"--cache_videos needs {needed / 2**30:.1f} GiB in --cache_dir {self.path.parent} "
                 f"(got {free / 2**30:.1f} GiB free)"
             )
 
-    def _write(self, videos: Sequence[Video], source: DecodedFrames, total: int, workers: int) -> list[int]:
-        """Decode everything into a temporary file, rename it, and return the frames cached per video."""
+    def _write(
+        self, videos: Sequence[Video], source: DecodedFrames, total: int, counts_path: Path, workers: int
+    ) -> None:
+        """Decode everything; the frames take their name last, so that a file of that name is whole."""
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         starts = np.cumsum([0] + [video.info.frames for video in videos])
         try:
@@ -95,7 +96,8 @@ class CachedFrames:
             with ThreadPoolExecutor(max(1, workers)) as pool:
                 cached = list(tqdm(pool.map(fill, range(len(videos))), "caching", len(videos), disable=None))
             memory.flush()
+            temporary.with_suffix(".json").write_text(json.dumps(cached))
+            temporary.with_suffix(".json").replace(counts_path)
             temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)
-        return cached

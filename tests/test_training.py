@@ -440,27 +440,11 @@ def test_every_flag_is_documented(capsys):
 
 
 def test_a_sigterm_to_the_whole_process_group_is_a_clean_stop_even_with_loading_processes(square_videos, tmp_path):
-    command = [
-        sys.executable,
-        Path(train_video_ddpm.__file__),
-        "--data_root",
-        square_videos,
-        "--out_dir",
-        tmp_path / "a",
-    ]
-    flags = [
-        "--cache_dir",
-        tmp_path / "cache",
-        "--epochs",
-        "10000",
-        *TINY_FLAGS,
-        "--num_workers",
-        "2",
-        "--vis_every",
-        "0",
-    ]
+    script = Path(train_video_ddpm.__file__)
+    flags = ["--data_root", square_videos, "--out_dir", tmp_path / "a", "--cache_dir", tmp_path / "cache"]
+    flags += ["--epochs", "10000", *TINY_FLAGS, "--num_workers", "2", "--vis_every", "0"]
     process = subprocess.Popen(
-        list(map(str, command + flags)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, script, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     for line in process.stdout:

@@ -320,7 +320,7 @@ def test_cached_clips_equal_decoded_ones_and_are_shared_by_later_runs(videos, tm
     cache = make()
     decoded = VideoClipDataset(videos, DecodedFrames(16, color_mode), **settings)
     keys = [(epoch, i) for epoch in range(3) for i in range(len(videos))]
-    for workers in (0, 2):
+    for workers in (0, 2) if color_mode == "rgb" else (0,):
         loader = DataLoader(
             VideoClipDataset(videos, cache, **settings), batch_sampler=[[k] for k in keys], num_workers=workers,
             collate_fn=collate, multiprocessing_context="spawn" if workers else None,
@@ -330,6 +330,8 @@ def test_cached_clips_equal_decoded_ones_and_are_shared_by_later_runs(videos, tm
     written = cache.path.stat().st_mtime_ns
     assert make().path.stat().st_mtime_ns == written  # found again
     assert CachedFrames(videos, 8, color_mode, tmp_path / "cache").path != cache.path
+    os.truncate(cache.path, 1000)  # a cache cut short is made anew
+    assert torch.equal(VideoClipDataset(videos, make(), **settings)[keys[5]].clip, decoded[keys[5]].clip)
 
 
 def test_a_cache_that_does_not_fit_the_disk_is_refused(videos, tmp_path, monkeypatch):
