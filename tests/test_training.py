@@ -457,3 +457,23 @@ def test_a_sigterm_to_the_whole_process_group_is_a_clean_stop_even_with_loading_
     step = load_checkpoint(tmp_path / "a" / "last.pt")["step"]
     run(tmp_path / "a", "--resume", "--num_workers", "0", "--max_steps", step + 1)
     assert load_checkpoint(tmp_path / "a" / "last.pt")["step"] == step + 1
+
+
+def test_tensorboard_gets_scalars_and_previews(square_videos, tmp_path):
+    pytest.importorskip("tensorboard", reason="optional: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = run(tmp_path / "a", "--data_root", square_videos, "--max_steps", "2", "--tensorboard", *TINY_FLAGS)
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert {"train/loss", "train/lr", "val/val_loss", "val/psnr"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["preview"]
+    recorded = [line["val_loss"] for line in lines(out) if line["kind"] == "val"]
+    assert [event.value for event in events.Scalars("val/val_loss")] == pytest.approx(recorded)
+
+
+def test_an_optional_package_that_is_missing_is_named(square_videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.records.find_spec", lambda name: None)
+    run(tmp_path / "a", "--data_root", square_videos, "--tensorboard", *TINY_FLAGS, status=2)
+    assert "pip install tensorboard" in capsys.readouterr().err
+    out = run(tmp_path / "b", "--data_root", square_videos, "--max_steps", "1", *TINY_FLAGS)
+    assert not (out / "training_curves.png").exists()  # drawn where matplotlib is, and never required
