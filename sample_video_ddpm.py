@@ -26,12 +26,15 @@ from utils.flags import (
     device_name,
     non_negative_float,
     non_negative_int,
+    nonempty_path,
     positive_int,
     probability,
     resolve_device,
 )
 from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
-from utils.video_utils import cross_fade, psnr, resize_and_crop, split_clip, to_float, to_gray, to_uint8
+from utils.video_utils import cross_fade, join_clip, psnr, resize_and_crop, split_clip, to_float, to_gray, to_uint8
+
+CLIPS_AT_ONCE = 16  # in one batch; a clip's result does not depend on it
 
 
 def build_parser() -> Parser:
@@ -41,7 +44,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("checkpoint and output")
     group.add_argument("--ckpt", required=True, help="checkpoint of train_video_ddpm.py: last.pt or best.pt")
     group.add_argument("--use_raw_model", action="store_true", help="the trained weights instead of their EMA")
-    group.add_argument("--out_dir", default="outputs/sample", help="folder for everything written")
+    group.add_argument("--out_dir", type=nonempty_path, default="outputs/sample", help="folder for everything written")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier sample in --out_dir")
     group.add_argument("--fps", type=positive_int, default=8, help="frames per second of sample.mp4 and sample.gif")
     group.add_argument("--device", type=device_name, default="auto", help="auto = cuda where there is one, else cpu")
@@ -53,11 +56,14 @@ def build_parser() -> Parser:
     group.add_argument("--end_images", nargs="+", metavar="PNG", help="the K last frames in time order")
     group.add_argument(
         "--data_root",
+        type=nonempty_path,
         help="without images: contexts of held-out clips of this folder; None = the checkpoint's own data",
     )
     group.add_argument("--num_clips", type=positive_int, default=1, help="held-out clips, evenly chosen")
     group.add_argument(
-        "--cache_dir", default="outputs/cache", help="folder for the file index and the built-in clips, as in training"
+        "--cache_dir",
+        type=nonempty_path,
+        help="folder for the file index and built-in clips; None = as in training",
     )
 
     group = parser.add_argument_group("clip")
@@ -123,6 +129,8 @@ def settle_with_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any])
     if args.size % multiple:
         raise ValueError(f"--size must be divisible by {multiple}, as the network's levels halve it (got {args.size})")
     ddim_timesteps(checkpoint["diffusion_config"]["timesteps"], args.steps)
+    if not checkpoint["args"].get("cfg_drop_prob") and args.guidance_scale != 1:
+        print(f"note: {args.ckpt} has no trained unconditional branch: it needs --guidance_scale 1", file=sys.stderr)
     if (args.start_images is None) != (args.end_images is None):
         raise ValueError("--start_images and --end_images must be given together")
     for flag in ("start_images", "end_images"):
@@ -146,15 +154,21 @@ def load_contexts(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Conte
         start, end = (load_images(paths, args.size, args.color_mode) for paths in (args.start_images, args.end_images))
         return Contexts(start, end, None, [" ".join([*args.start_images, *args.end_images])])
 
-    trained = checkpoint["args"]
-    root = args.data_root or trained["data_root"] or make_synthetic_videos(args.cache_dir, save_mp4)
-    _, videos = prepare_videos(
-        root, span=(args.num_frames - 1) * args.frame_stride + 1, val_ratio=trained["val_ratio"], seed=trained["seed"],
-        cache_dir=args.cache_dir, max_videos=trained["max_videos"],
+    trained, clip = checkpoint["args"], checkpoint["clip_config"]
+    root = trained.get("data_root") if args.data_root is None else args.data_root
+    cache_dir = args.cache_dir or trained.get("cache_dir") or "outputs/cache"
+    if root is None:
+        root = make_synthetic_videos(cache_dir, save_mp4)
+    _, held_out = prepare_videos(  # by the span of training, so that the split is that of training
+        root, span=(clip["num_frames"] - 1) * clip["frame_stride"] + 1, val_ratio=trained["val_ratio"],
+        seed=trained["seed"], cache_dir=cache_dir, max_videos=trained.get("max_videos"),
     )  # fmt: skip
+    span = (args.num_frames - 1) * args.frame_stride + 1
+    videos = [video for video in held_out if video.info.frames >= span]
     if args.num_clips > len(videos):
         raise ValueError(
-            f"--num_clips must be at most the {len(videos)} held-out clips of {root} (got {args.num_clips})"
+            f"--num_clips must be at most the {len(videos)} held-out clips of {root} with {span} frames or more "
+            f"(got {args.num_clips})"
         )
     chosen = [videos[i * len(videos) // args.num_clips] for i in range(args.num_clips)]
     source = DecodedFrames(args.size, args.color_mode)
@@ -172,14 +186,17 @@ def load_contexts(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Conte
 def refuse_to_overwrite(out_dir: Path, overwrite: bool) -> None:
     """Make the folder, or say why not.
 
-    Raises: ValueError: if something that would be written is there. OSError: if the folder cannot be made.
+    Raises: ValueError: if something that would be written is there, or the folder cannot be made.
     """
-    names = ("sample.json", "sample.mp4", "sample.gif", "sheet.png", "frames")
+    names = ("sample.json", "sample.mp4", "sample.gif", "sheet.png", "start_context.png", "end_context.png", "frames")
     earlier = [path for name in names for path in (out_dir / name, *out_dir.glob(f"clip_*_sample_*/{name}"))]
     there = [path for path in earlier if path.exists()]
     if there and not overwrite:
         raise ValueError(f"--out_dir {out_dir} already holds {there[0]}; pass --overwrite or choose another folder")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out_dir {out_dir}: cannot be made ({error.strerror})") from error
 
 
 def load_model(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> VideoUNet3D:
@@ -196,24 +213,31 @@ def generate(
     device = next(model.parameters()).device
     diffusion = checkpoint["diffusion_config"]
     schedule = DiffusionSchedule(diffusion["timesteps"], diffusion["schedule"]).to(device)
-    start, end = (to_float(context).to(device) for context in (contexts.start, contexts.end))
-    generators = [generator_for(args.seed, SAMPLE, clip, sample) for clip in range(len(start))]
+    generators = [generator_for(args.seed, SAMPLE, clip, sample) for clip in range(len(contexts.start))]
     amp = args.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    bar = tqdm(total=args.steps, desc=f"sample {sample + 1}/{args.num_samples}", unit="step", disable=None)
-    with bar, torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        middle = sample_middle(
-            model, schedule, start, end, num_middle=args.num_frames - 2 * args.endpoint_context, steps=args.steps,
-            guidance_scale=args.guidance_scale, eta=args.eta, clip_x0=args.clip_x0,
-            dynamic_threshold=args.dynamic_threshold, noise_offset=diffusion["noise_offset"],
-            generator=generators, callback=lambda **_: bar.update(),
-        )  # fmt: skip
-    return to_uint8(middle).cpu()
+    chunks = [slice(i, i + CLIPS_AT_ONCE) for i in range(0, len(generators), CLIPS_AT_ONCE)]
+    title, total = f"sample {sample + 1}/{args.num_samples}", args.steps * len(chunks)
+    middles = []
+    with (
+        tqdm(total=total, desc=title, unit="step", disable=None) as bar,
+        torch.autocast(device.type, torch.bfloat16, enabled=amp),
+    ):
+        for chunk in chunks:
+            start, end = (to_float(context[chunk]).to(device) for context in (contexts.start, contexts.end))
+            middle = sample_middle(
+                model, schedule, start, end, num_middle=args.num_frames - 2 * args.endpoint_context, steps=args.steps,
+                guidance_scale=args.guidance_scale, eta=args.eta, clip_x0=args.clip_x0,
+                dynamic_threshold=args.dynamic_threshold, noise_offset=diffusion["noise_offset"],
+                generator=generators[chunk], callback=lambda **_: bar.update(),
+            )  # fmt: skip
+            middles.append(to_uint8(middle).cpu())
+    return torch.cat(middles)
 
 
-def save_sample(folder: Path, contexts: Contexts, clip: int, middle: Tensor, args: argparse.Namespace) -> Tensor:
-    """Write one generated clip in every form; returns it whole, uint8 [C,T,H,W], with the observed frames untouched."""
+def save_sample(folder: Path, contexts: Contexts, clip: int, middle: Tensor, args: argparse.Namespace) -> None:
+    """Write one generated clip in every form, its middle uint8 [C,M,H,W] between the untouched observed frames."""
     start, end = contexts.start[clip], contexts.end[clip]
-    whole = torch.cat([start, middle, end], dim=1)
+    whole = join_clip(start[None], middle[None], end[None])[0]  # [C,T,H,W]
     frames = folder / "frames"
     frames.mkdir(parents=True, exist_ok=True)
     for old in frames.glob("[0-9][0-9][0-9].png"):  # with --overwrite: of an earlier, longer sample
@@ -224,9 +248,9 @@ def save_sample(folder: Path, contexts: Contexts, clip: int, middle: Tensor, arg
     save_gif(folder / "sample.gif", whole, args.fps)
     for name, context in (("start_context", start), ("end_context", end)):
         save_png(folder / f"{name}.png", torch.cat(list(context.unbind(1)), dim=2))  # frames side by side
-    rows = [whole] if contexts.middle is None else [torch.cat([start, contexts.middle[clip], end], dim=1), whole]
-    save_png(folder / "sheet.png", contact_sheet(rows, observed_frames(whole.shape[1], args.endpoint_context)))
-    return whole
+    truth = [] if contexts.middle is None else [join_clip(start[None], contexts.middle[clip][None], end[None])[0]]
+    observed = observed_frames(whole.shape[1], args.endpoint_context)
+    save_png(folder / "sheet.png", contact_sheet([*truth, whole], observed))
 
 
 def score(contexts: Contexts, clip: int, middle: Tensor) -> dict[str, float] | None:

@@ -38,9 +38,9 @@ from data.kinetics_video_dataset import (
 from data.synthetic_videos import make_synthetic_videos
 from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise, validation_loss
 from diffusion.noise import INIT, PREVIEW, TRAIN, generator_for
-from diffusion.sampler import ddim_timesteps, sample_middle
+from diffusion.sampler import sample_middle
 from diffusion.schedule import SCHEDULES, DiffusionSchedule
-from models.video_unet3d import VideoUNet3D, blind_levels, build_model
+from models.video_unet3d import VideoUNet3D, blind_levels, build_model, check_architecture
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.flags import (
     Parser,
@@ -49,6 +49,7 @@ from utils.flags import (
     fraction,
     non_negative_float,
     non_negative_int,
+    nonempty_path,
     positive_float,
     positive_int,
     probability,
@@ -61,10 +62,11 @@ from utils.video_utils import cross_fade, join_clip, psnr, split_clip, to_float,
 PREVIEW_CLIPS = 8
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# What a checkpoint was trained as. On --resume these may be repeated but not changed.
+# What a checkpoint was trained as: network, clips, diffusion, and the split. On --resume these may not be changed.
 FIXED_FLAGS = (
     "num_frames", "size", "frame_stride", "color_mode", "endpoint_context", "base_channels", "channel_mults",
-    "res_blocks", "temporal_attn_levels", "timesteps", "beta_schedule", "noise_offset",
+    "res_blocks", "temporal_attn_levels", "timesteps", "beta_schedule", "noise_offset", "cfg_drop_prob",
+    "temporal_loss_weight", "seed", "val_ratio",
 )  # fmt: skip
 UNSAVED_FLAGS = ("resume", "dry_run", "preset")  # what a command does, as against what a run is
 
@@ -72,7 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Five minutes on two CPU cores: small frames, a small network, few sampler steps.
     "demo": {
         "out_dir": "outputs/demo", "size": 32, "base_channels": 24, "channel_mults": [1, 2], "res_blocks": 1,
-        "temporal_attn_levels": [1], "batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 40, "max_steps": 800,
+        "temporal_attn_levels": [1], "batch_size": 4, "lr": 2e-3, "warmup_steps": 50, "epochs": 40, "max_steps": 1600,
         "ema_decay": 0.99, "vis_every": 10, "vis_steps": 8, "vis_guidance_scale": 1.0, "log_every": 50,
         "num_workers": 0, "cache_videos": True,
     },
@@ -87,7 +89,9 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
 
     group = parser.add_argument_group("run")
-    group.add_argument("--out_dir", default="outputs/train", help="folder for checkpoints, previews and records")
+    group.add_argument(
+        "--out_dir", type=nonempty_path, default="outputs/train", help="folder for checkpoints, previews and records"
+    )
     group.add_argument(
         "--resume", action="store_true",
         help="go on from last.pt in --out_dir with its own arguments; other flags given override it",
@@ -104,7 +108,9 @@ def build_parser() -> Parser:
     group.add_argument("--device", type=device_name, default="auto", help="auto = cuda where there is one, else cpu")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data_root", help="folder of MP4 files; None = the built-in clips, rendered once")
+    group.add_argument(
+        "--data_root", type=nonempty_path, help="folder of MP4 files; None = the built-in clips, rendered once"
+    )
     group.add_argument(
         "--val_ratio", type=fraction, default=0.01,
         help="share of files held out, where the folder has no videos_train/ and videos_val/ (or train/ and val/)",
@@ -116,7 +122,10 @@ def build_parser() -> Parser:
         help="decode every video once into a memory-mapped file in --cache_dir",
     )  # fmt: skip
     group.add_argument(
-        "--cache_dir", default="outputs/cache", help="folder for the file index, cached frames and built-in clips"
+        "--cache_dir",
+        type=nonempty_path,
+        default="outputs/cache",
+        help="folder for the file index, cached frames and built-in clips",
     )
     group.add_argument(
         "--hflip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the training clips"
@@ -226,13 +235,15 @@ def resolve_arguments(parser: Parser, argv: list[str] | None) -> tuple[argparse.
         checkpoint = load_checkpoint(last)
         stored = {name: value for name, value in checkpoint["args"].items() if name in values}
         for name in FIXED_FLAGS:
-            if name in given and given[name] != stored[name]:
+            if name in given and given[name] != stored.get(name):
                 flag = "T" if name == "num_frames" else name
-                raise ValueError(f"--{flag} is fixed by {last} (got {given[name]}, the checkpoint has {stored[name]})")
+                raise ValueError(
+                    f"--{flag} is fixed by {last} (got {given[name]}, the checkpoint has {stored.get(name)})"
+                )
         for name, value in given.items():
             if name in stored and stored[name] != value:
                 print(f"--{name} {value} overrides the checkpoint's {stored[name]}")
-        values |= stored
+        values |= stored | {"out_dir": str(last.parent)}  # a run may have been moved
     elif last.exists() and not given.get("dry_run"):
         raise ValueError(f"--out_dir {last.parent} already holds a last.pt; pass --resume or choose another folder")
     args = argparse.Namespace(**(values | given))
@@ -258,7 +269,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.max_videos == 1:
         raise ValueError("--max_videos must be at least 2, one file for each split (got 1)")
-    ddim_timesteps(args.timesteps, args.vis_steps)
+    if args.vis_every and args.vis_steps > args.timesteps:
+        raise ValueError(f"--vis_steps must be at most --timesteps {args.timesteps} (got {args.vis_steps})")
+    check_architecture(
+        args.base_channels, args.channel_mults, args.res_blocks, args.temporal_attn_levels, args.endpoint_context
+    )
 
 
 # --- learning rate, stopping, precision -------------------------------------------------------------------------------
@@ -285,8 +300,8 @@ def plan_learning_rate(
         return fresh
     if args.lr != stored["peak_lr"]:
         return fresh | {"start_step": step, "warmup_steps": 0}
-    if total_steps == stored["total_steps"]:
-        return stored
+    if total_steps == stored["total_steps"] or step < stored["warmup_steps"]:
+        return stored | {"total_steps": total_steps}
     if step >= stored["total_steps"]:
         print("the learning rate has decayed to 0 with the former end of the run; give another --lr to train on")
     return fresh | {"start_step": step, "start_lr": learning_rate(step, stored), "warmup_steps": 0}
@@ -400,10 +415,12 @@ def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
     return {"image_channels": 1 if args.color_mode == "gray" else 3} | {name: getattr(args, name) for name in names}
 
 
-def new_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None) -> TrainingState:
+def new_state(
+    args: argparse.Namespace, model_config: dict[str, Any], device: torch.device, amp_dtype: torch.dtype | None
+) -> TrainingState:
     """Fresh weights (by the seed), their EMA copy and an optimiser."""
     torch.manual_seed(generator_for(args.seed, INIT).initial_seed())
-    model = build_model(model_config_of(args)).to(device)
+    model = build_model(model_config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type == "cuda")
     return TrainingState(model, ema, optimizer, torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16))
@@ -465,7 +482,9 @@ def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDat
     Raises: ValueError: if there are none, or no room for the cache.
     """
     threads = os.cpu_count() or 1
-    root = args.data_root or make_synthetic_videos(args.cache_dir, save_mp4, threads)
+    root = args.data_root
+    if root is None:
+        root = make_synthetic_videos(args.cache_dir, save_mp4, threads)
     train_videos, val_videos = prepare_videos(
         root, span=(args.num_frames - 1) * args.frame_stride + 1, val_ratio=args.val_ratio, seed=args.seed,
         cache_dir=args.cache_dir, max_videos=args.max_videos, workers=threads, log=tqdm.write,
@@ -494,6 +513,8 @@ def describe_run(
     )
     if args.amp and device.type == "cpu":
         print("--amp does nothing on cpu: training in float32")
+    if not args.cfg_drop_prob and args.vis_every and args.vis_guidance_scale != 1:
+        print("note: --cfg_drop_prob 0 trains no unconditional branch: previews need --vis_guidance_scale 1")
     blind = blind_levels(args.base_channels, args.channel_mults)
     if blind:
         print(
@@ -568,13 +589,15 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
     if args.dry_run:
         out_dir = out_dir / "dry_run"
         shutil.rmtree(out_dir, ignore_errors=True)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out_dir {out_dir}: cannot be made ({error.strerror})") from error
     device = resolve_device(args.device)
     amp_dtype = choose_amp_dtype(args, device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    save_run_description(out_dir / "run.json", vars(args), device)
 
     # data
     workers = min(args.num_workers, os.cpu_count() or 1)
@@ -590,7 +613,10 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
             yield to_float(failures.check(clips, failed, tried).to(device, non_blocking=True))
 
     # model, optimiser, resume
-    state = new_state(args, device, amp_dtype)
+    model_config = checkpoint["model_config"] if checkpoint else model_config_of(args)
+    if model_config != model_config_of(args):
+        raise ValueError(f"{out_dir / 'last.pt'}: its model_config and its args disagree")
+    state = new_state(args, model_config, device, amp_dtype)
     schedule = DiffusionSchedule(args.timesteps, args.beta_schedule).to(device)
     epoch_steps = steps_per_epoch(len(train_clips), args.batch_size * args.grad_accum)
     if checkpoint:
@@ -610,6 +636,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
     describe_run(args, state, (len(train_clips), len(val_clips)), total_steps, amp_dtype)
     if args.compile:
         state.model.compile(dynamic=False)  # in place: the state dict keeps its names
+    save_run_description(out_dir / "run.json", vars(args), device)
     records = Records(out_dir, state.step, (args.log_dir or out_dir / "tensorboard") if args.tensorboard else None)
 
     order = ClipBatches(
@@ -630,6 +657,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
             val_loss = validation_loss(
                 state.ema, schedule, parts, len(val_clips), args.seed, args.temporal_loss_weight, args.noise_offset
             )
+        if not math.isfinite(val_loss):
+            raise FloatingPointError(f"the validation loss must stay finite (got {val_loss})")
         train_loss = take_mean(state.history["sums"]["epoch"])
         entry = {"step": state.step, "epoch": epoch, "train_loss": train_loss, "val_loss": val_loss}
         state.history["epochs"].append(entry)
@@ -639,8 +668,9 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
             made, entry["psnr"], entry["psnr_cross_fade"] = preview(state.ema, schedule, clip, args, amp_dtype)
             sheet = save_preview(out_dir / f"epoch_{epoch:04d}_sample", clip, made, args.endpoint_context)
             records.add_sheet(state.step, sheet)
-            save_training_curves(out_dir / "training_curves.png", state.history)
             line += f"  middle PSNR {entry['psnr']:.2f} dB (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
+        if "psnr" in entry or finished():
+            save_training_curves(out_dir / "training_curves.png", state.history)
         tqdm.write(line)
         records.add("val", **entry)
         if val_loss < state.best_val_loss:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.kinetics_video_dataset import DecodedFrames, Video, stamp
+from data.kinetics_video_dataset import DecodedFrames, Video, reason_of, stamp
 from data.video_reader import DECODE_ERRORS
 
+CACHE_VERSION = 1  # part of every cache's name: change it whenever decoding or resizing changes
 DISK_MARGIN = 2**28  # bytes that a cache leaves free
 
 
@@ -37,16 +38,18 @@ class CachedFrames:
 
     def __init__(self, videos: Sequence[Video], size: int, color_mode: str, cache_dir: str | Path, workers: int = 1):
         self.frame_shape = (1 if color_mode == "gray" else 3, size, size)
-        identity = [[video.path, *stamp(Path(video.path)), video.info.frames] for video in videos]
-        key = hashlib.blake2b(json.dumps([identity, size, color_mode]).encode(), digest_size=8).hexdigest()
+        identity = [[os.path.realpath(v.path), *stamp(Path(v.path)), v.info.frames] for v in videos]
+        key = hashlib.blake2b(
+            json.dumps([CACHE_VERSION, identity, size, color_mode]).encode(), digest_size=8
+        ).hexdigest()
         self.path = Path(cache_dir) / f"frames_{key}.u8"
         counts_path = self.path.with_suffix(".json")
         total = sum(video.info.frames for video in videos)
         whole = total * int(np.prod(self.frame_shape))
-        if not (self.path.is_file() and counts_path.is_file() and self.path.stat().st_size == whole):
+        cached = self._counts(counts_path) if self.path.is_file() and self.path.stat().st_size == whole else []
+        if len(cached) != len(videos):
             self._check_disk(whole)
-            self._write(videos, DecodedFrames(size, color_mode), total, counts_path, workers)
-        cached = json.loads(counts_path.read_text())
+            cached = self._write(videos, DecodedFrames(size, color_mode), total, counts_path, workers)
         starts = np.cumsum([0] + [video.info.frames for video in videos]).tolist()
         self.places = {
             video.path: (start, count) for video, start, count in zip(videos, starts[:-1], cached, strict=True)
@@ -67,6 +70,14 @@ class CachedFrames:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_map": None}
 
+    @staticmethod
+    def _counts(path: Path) -> list[int]:
+        """Frames cached per video; nothing where the record is missing or damaged, so that the cache is made anew."""
+        try:
+            return list(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return []
+
     def _check_disk(self, whole: int) -> None:
         needed, free = whole + DISK_MARGIN, shutil.disk_usage(self.path.parent).free
         if needed > free:
@@ -77,8 +88,8 @@ class CachedFrames:
 
     def _write(
         self, videos: Sequence[Video], source: DecodedFrames, total: int, counts_path: Path, workers: int
-    ) -> None:
-        """Decode everything; the frames take their name last, so that a file of that name is whole."""
+    ) -> list[int]:
+        """Decode everything and return the frames cached per video; the cache takes its name last, once it is whole."""
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         starts = np.cumsum([0] + [video.info.frames for video in videos])
         try:
@@ -88,8 +99,9 @@ class CachedFrames:
                 video = videos[i]
                 try:
                     clip = source.read(video, range(video.info.frames))
-                except DECODE_ERRORS:
-                    return 0  # changed since it was indexed: the dataset will replace it
+                except DECODE_ERRORS as error:  # it changed since it was indexed: the dataset will replace it
+                    tqdm.write(f"could not cache {video.name} ({reason_of(error)})")
+                    return 0
                 memory[starts[i] : starts[i + 1]] = clip.transpose(0, 1).numpy()
                 return video.info.frames
 
@@ -99,5 +111,6 @@ class CachedFrames:
             temporary.with_suffix(".json").write_text(json.dumps(cached))
             temporary.with_suffix(".json").replace(counts_path)
             temporary.replace(self.path)
+            return cached
         finally:
             temporary.unlink(missing_ok=True)

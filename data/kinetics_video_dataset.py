@@ -56,8 +56,9 @@ def find_videos(root: str | Path) -> list[Path]:
         visited.add(real)
         subfolders.sort()
         found += [Path(folder, name) for name in names if name.lower().endswith(".mp4")]
-    unique = {os.path.realpath(path): path for path in sorted(found, reverse=True)}  # the first name wins
-    return sorted(unique.values())
+    # of several names of one file a plain one wins over links, then the first: adding a link renames nothing
+    by_preference = sorted(found, key=lambda path: (path.is_symlink(), path), reverse=True)
+    return sorted({os.path.realpath(path): path for path in by_preference}.values())
 
 
 # --- index ------------------------------------------------------------------------------------------------------------
@@ -67,7 +68,8 @@ class VideoIndex:
     """What is in each file below one root, found by one full decode and kept on disk.
 
     An entry is reused while the file's size and modification time stay the same. The index also remembers which files
-    were put on a side only because that side would have been empty, so that adding files later moves none across.
+    were put on a side only because that side would have been empty (for a seed and a span), so that adding files later
+    moves none across.
 
     Args:
         root: the data folder; names in the index are relative to it.
@@ -87,8 +89,8 @@ class VideoIndex:
             stored = json.loads(self.path.read_text())
             if stored["version"] == INDEX_VERSION:
                 self.entries, self.assigned = stored["entries"], stored["assigned"]
-        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
-            pass  # no index yet, or one cut short: it is made anew
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass  # no index yet, or a damaged one: it is made anew
         except OSError as error:
             raise ValueError(f"--cache_dir {cache_dir}: cannot be used ({error.strerror})") from error
 
@@ -120,7 +122,10 @@ class VideoIndex:
         videos = []
         for path in paths:
             _, info, reason = self.entries[self.name(path)]
-            videos.append(Video(str(path), self.name(path), VideoInfo(*info) if info else None, reason))
+            if info is not None:
+                info = VideoInfo(*info)
+                info = info._replace(keyframes=[tuple(place) for place in info.keyframes])  # JSON knows lists only
+            videos.append(Video(str(path), self.name(path), info, reason))
         return videos
 
     def name(self, path: Path) -> str:
@@ -156,7 +161,7 @@ def reason_of(error: Exception) -> str:
 
 def position(seed: int, name: str) -> float:
     """A file's fixed place in [0, 1), by hash: below --val_ratio it belongs to the validation split."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/".encode() + os.fsencode(name), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -193,9 +198,11 @@ def prepare_videos(
     designated = next((pair for pair in SPLIT_FOLDERS if all((root / side).is_dir() for side in pair)), None)
     if designated:
         train, val = (find_videos(root / side) for side in designated)
+        held_out = set(map(os.path.realpath, val))
+        train = [path for path in train if os.path.realpath(path) not in held_out]
         assigned = {}
     else:
-        assigned = index.assigned.setdefault(str(seed), {})
+        assigned = index.assigned.setdefault(f"seed {seed}, span {span}", {})
         train, val = [], []
         for path in find_videos(root):
             natural = "val" if position(seed, index.name(path)) < val_ratio else "train"
@@ -263,9 +270,13 @@ def fill_empty_side(sides: list[list[Video]], seed: int, assigned: dict[str, str
 
 def report(videos: Sequence[Video], span: int) -> list[str]:
     """The index's findings: a line of counts, then one for each kind of trouble with the first names and reasons."""
-    unreadable = [f"{v.name} ({v.reason})" for v in videos if not v.info]
-    short = [f"{v.name} ({v.info.frames} frames)" for v in videos if v.info and v.info.frames < span]
-    damaged = [f"{v.name} ({v.info.damage})" for v in videos if v.info and v.info.damage and v.info.frames >= span]
+
+    def named(video: Video, reason: str) -> str:
+        return f"{os.fsencode(video.name).decode(errors='backslashreplace')} ({reason})"
+
+    unreadable = [named(v, v.reason) for v in videos if not v.info]
+    short = [named(v, f"{v.info.frames} frames") for v in videos if v.info and v.info.frames < span]
+    damaged = [named(v, v.info.damage) for v in videos if v.info and v.info.damage and v.info.frames >= span]
     usable = len(videos) - len(unreadable) - len(short)
     lines = [f"{len(videos)} MP4 files: {usable} usable, {len(short)} too short, {len(unreadable)} unreadable"]
     for title, names in (

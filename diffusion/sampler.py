@@ -69,25 +69,22 @@ def dynamic_thresholding(x0: Tensor) -> Tensor:
 
 
 def ddim_step(
-    schedule: DiffusionSchedule,
-    x_t: Tensor,
     x0_hat: Tensor,
     eps_hat: Tensor,
-    t: int,
-    t_prev: int,
+    alpha_bar: float,
+    alpha_bar_prev: float,
     eta: float,
     draw_noise: Callable[[], Tensor],
 ) -> Tensor:
-    """One DDIM update from index t to t_prev, where -1 means clean; noise is drawn only where eta > 0 needs it.
+    """One DDIM update to the next noise level, where alpha_bar_prev = 1 is clean; noise is drawn only if eta > 0.
 
     Source: Song et al. 2021, arXiv:2010.02502, eqs. 12 and 16.
     """
-    if t_prev < 0:
+    if alpha_bar_prev == 1:
         return x0_hat
-    alpha_bar, alpha_bar_prev = schedule.alpha_bar[t].item(), schedule.alpha_bar[t_prev].item()
-    ddim_variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
-    x_prev = alpha_bar_prev**0.5 * x0_hat + max(1 - alpha_bar_prev - ddim_variance, 0.0) ** 0.5 * eps_hat
-    return x_prev + ddim_variance**0.5 * draw_noise() if eta > 0 else x_prev
+    ddim_sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
+    x_prev = alpha_bar_prev**0.5 * x0_hat + max(1 - alpha_bar_prev - ddim_sigma**2, 0.0) ** 0.5 * eps_hat
+    return x_prev + ddim_sigma * draw_noise() if ddim_sigma > 0 else x_prev
 
 
 @torch.no_grad()
@@ -147,7 +144,8 @@ def sample_middle(
     denoise = guided_denoiser(model, start_context, end_context, guidance_scale)
 
     x_t = sample_noise(shape, generators, device, noise_offset)  # [B,C,M,H,W]
-    for i, (t_now, t_prev) in enumerate(zip(visited, [*visited[1:], -1], strict=True)):
+    levels = schedule.alpha_bar[visited].tolist()
+    for i, t_now in enumerate(visited):
         t = torch.full((b,), t_now, dtype=torch.long, device=device)
         v = denoise(x_t, t)
         x0_hat = schedule.x0_from_v(x_t, v, t)
@@ -158,7 +156,6 @@ def sample_middle(
             eps_hat = schedule.eps_from_v(x_t, v, t)
         if callback is not None:
             callback(i=i, t=t, x_t=x_t, v=v, x0_hat=x0_hat)
-        x_t = ddim_step(
-            schedule, x_t, x0_hat, eps_hat, t_now, t_prev, eta, lambda: sample_noise(shape, generators, device)
-        )
+        level_prev = levels[i + 1] if i + 1 < steps else 1.0
+        x_t = ddim_step(x0_hat, eps_hat, levels[i], level_prev, eta, lambda: sample_noise(shape, generators, device))
     return x_t

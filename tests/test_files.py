@@ -9,7 +9,7 @@ import torch
 
 from data.video_reader import probe_video, read_frames
 from utils import io
-from utils.checkpoint import KEYS, MAPPINGS, load_checkpoint, load_weights, save_checkpoint
+from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
 
 RNG = np.random.default_rng(0)
@@ -136,14 +136,26 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 def state(**changes):
-    values = dict.fromkeys(KEYS[1:], 0) | {name: {} for name in MAPPINGS} | {"model": {"w": torch.arange(3.0)}}
+    plan = dict.fromkeys(("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps"), 1)
+    values = {
+        "step": 3, "epoch": 0, "step_in_epoch": 3, "model": {"w": torch.arange(3.0)}, "ema": {},
+        "scaler": {}, "rng": {},
+        "optimizer": {"state": {}, "param_groups": []}, "lr_scheduler": plan, "best_val_loss": 0.5,
+        "model_config": {"image_channels": 3, "channel_mults": [1], "endpoint_context": 2},
+        "diffusion_config": {"timesteps": 1000, "schedule": "cosine", "noise_offset": 0.0},
+        "clip_config": {"num_frames": 8, "size": 64, "frame_stride": 1, "color_mode": "rgb"},
+        "args": {"batch_size": 8, "grad_accum": 1, "seed": 42, "val_ratio": 0.01},
+        "history": {"train": [], "epochs": [], "sums": {}},
+    }  # fmt: skip
     return values | changes
 
 
 def test_a_checkpoint_comes_back_as_it_was_and_holds_only_plain_types(tmp_path):
-    save_checkpoint(tmp_path / "a.pt", state(step=7, args={"data_root": None, "lr": 1e-4, "mults": [1, 2]}))
+    saved = state(step=7)
+    saved["args"] |= {"data_root": None, "lr": 1e-4, "mults": [1, 2]}
+    save_checkpoint(tmp_path / "a.pt", saved)
     loaded = load_checkpoint(tmp_path / "a.pt")
-    assert loaded["step"] == 7 and loaded["args"]["mults"] == [1, 2] and set(loaded) == set(KEYS)
+    assert loaded["step"] == 7 and loaded["args"] == saved["args"] and set(loaded) == {"format", *saved}
     assert torch.equal(loaded["model"]["w"], torch.arange(3.0))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
@@ -183,8 +195,12 @@ def test_what_is_no_checkpoint_is_one_clear_error(tmp_path):
     torch.save({"format": 99}, tmp_path / "newer.pt")
     torch.save({"format": 1, "step": 0}, tmp_path / "partial.pt")
     save_checkpoint(tmp_path / "odd.pt", state(model_config=[1, 2]))
+    save_checkpoint(tmp_path / "vast.pt", state(diffusion_config=state()["diffusion_config"] | {"timesteps": 10**12}))
+    save_checkpoint(tmp_path / "untyped.pt", state(clip_config=state()["clip_config"] | {"size": "64"}))
+    (tmp_path / "rotten.pt").write_bytes(whole.replace(torch.arange(3.0).numpy().tobytes(), bytes(12)))
     expected = {
-        "odd": "model_config must be a dict",
+        "odd": "model_config must be a dict", "vast": r"diffusion_config\['timesteps'\] is missing or out of range",
+        "untyped": r"clip_config\['size'\] is missing or out of range", "rotten": "wrong checksum of ",
         "missing": "no such checkpoint", "cut": "not a readable checkpoint", "empty": "not a readable checkpoint",
         "text": "not a readable checkpoint", "foreign": "has no 'format'", "newer": r"format must be 1 \(got 99\)",
         "partial": "lacks epoch, ",

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise, temporal_l1
+from diffusion.loss import (
+    VALIDATION_PAIRS,
+    diffusion_loss,
+    drop_contexts,
+    sample_training_noise,
+    temporal_l1,
+    validation_loss,
+)
 from diffusion.noise import generator_for
 from diffusion.schedule import DiffusionSchedule
 
@@ -87,3 +94,53 @@ def test_keyed_generators_repeat_and_differ_by_key():
     draw = lambda *key: torch.randn(4, generator=generator_for(*key)).tolist()  # noqa: E731
     assert draw(42, 1, 7) == draw(42, 1, 7)
     assert len({tuple(draw(*key)) for key in [(42, 1, 7), (42, 7, 1), (421, 7), (42, 17), (43, 1, 7)]}) == 5
+
+
+class Recorder(torch.nn.Module):
+    """A fixed function of its inputs that remembers every t it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.t = []
+
+    def forward(self, x_t, t, start, end):
+        self.t += t.tolist()
+        return 0.3 * x_t + start.mean() * 0
+
+
+def validate(clips, batch_size, seed=0, model=None):
+    parts = (tuple(part[i : i + batch_size] for part in clips) for i in range(0, len(clips[1]), batch_size))
+    return validation_loss(model or Recorder(), SCHEDULE, parts, len(clips[1]), seed, temporal_loss_weight=0.05)
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_validation_is_a_function_of_the_weights_alone(count):
+    clips = batch(b=count)
+    # summed in another order: float32 rounding of the clips' losses
+    assert validate(clips, 1) == pytest.approx(validate(clips, 4), rel=1e-5)
+    assert validate(clips, 4) == validate(clips, 4)
+    assert validate(clips, 4) != validate(clips, 4, seed=1)
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_validation_spreads_t_evenly_over_the_schedule(count):
+    model = Recorder()
+    validate(batch(b=count), 7, model=model)
+    pairs = len(model.t)
+    assert pairs >= VALIDATION_PAIRS and pairs % count == 0
+    expected = (torch.arange(pairs) + 0.5) / pairs * 1000
+    assert sorted(model.t) == expected.int().tolist()
+
+
+def test_validation_is_the_mean_over_all_clips():
+    clips = batch(b=70)  # one t each
+
+    def one_at_a_time():
+        total = 0.0
+        for i in range(70):
+            t = torch.tensor([int((i + 0.5) / 70 * 1000)])
+            eps = torch.randn(3, 4, 8, 8, generator=generator_for(0, 2, i))[None]
+            total += diffusion_loss(Recorder(), SCHEDULE, *(p[i : i + 1] for p in clips), t, eps, 0.05).total.item()
+        return total / 70
+
+    assert validate(clips, 16) == pytest.approx(one_at_a_time(), rel=1e-5)

@@ -141,6 +141,11 @@ def test_gray_checkpoints_take_colour_images_as_luma(sample, pngs, square_videos
     made = frames(sample(*ends(pngs), checkpoint=checkpoint))
     assert made[0].shape == (16, 16)
     assert np.array_equal(made[0], to_gray(read_image(pngs[0]))[0].numpy())
+    for path in pngs:
+        iio.imwrite(path, iio.imread(path)[..., 0])
+    made = frames(sample(*ends(pngs), checkpoint=checkpoint, out="gray"))
+    for given, got in zip(pngs, [*made[:2], *made[-2:]], strict=True):
+        assert np.array_equal(iio.imread(given), got)  # gray images are not touched
 
 
 @pytest.mark.parametrize(("k", "t"), [(1, 3), (3, 8)])
@@ -209,6 +214,8 @@ def wrong(pngs, tmp_path):
     yield [*ends(pngs), "--steps", 5000], "--steps must lie in [1, 1000]"
     yield [*ends(pngs), "--eta", 2], "argument --eta: must be a number in [0, 1]"
     yield ["--num_clips", 99], "--num_clips must be at most the 1 held-out clips"
+    yield ["--T", 99], "--num_clips must be at most the 0 held-out clips"
+    yield ["--data_root", ""], "argument --data_root: must not be empty"
     yield ["--data_root", tmp_path / "nowhere"], "--data_root must be a folder"
 
 

@@ -146,21 +146,48 @@ def test_resume_takes_the_arguments_of_the_checkpoint_and_says_what_overrides_th
     assert resumed["step"] == 4 and resumed["args"]["color_mode"] == "gray" and resumed["args"]["batch_size"] == 3
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "stored"),
-    [("--size", "32", "16"), ("--T", "9", "8"), ("--base_channels", "24", "12"), ("--color_mode", "gray", "rgb"),
-     ("--timesteps", "500", "1000"), ("--endpoint_context", "1", "2")],
-)  # fmt: skip
-def test_flags_that_contradict_the_checkpoint_are_refused_with_both_values(
-    square_videos, tmp_path, capsys, flag, value, stored
-):
-    out = tmp_path / "a"
-    if not out.exists():
-        run(out, "--data_root", square_videos, "--dry_run", *TINY_FLAGS)
-        shutil.copy(out / "dry_run" / "last.pt", out / "last.pt")
-    run(out, "--resume", flag, value, status=2)
-    error = capsys.readouterr().err
-    assert f"{flag} is fixed by" in error and f"got {value}, the checkpoint has {stored}" in error
+def test_flags_that_contradict_the_checkpoint_are_refused_with_both_values(square_videos, tmp_path, capsys):
+    out = run(tmp_path / "a", "--data_root", square_videos, "--max_steps", "1", "--vis_every", "0", *TINY_FLAGS)
+    changes = {
+        "T": (9, 8), "size": (32, 16), "frame_stride": (2, 1), "color_mode": ("gray", "rgb"),
+        "endpoint_context": (1, 2),
+        "base_channels": (24, 12), "channel_mults": (1, "[1, 2]"), "res_blocks": (2, 1),
+        "temporal_attn_levels": (0, "[1]"), "timesteps": (500, 1000), "beta_schedule": ("linear", "cosine"),
+        "noise_offset": (0.1, 0.0), "cfg_drop_prob": (0.5, 0.08), "temporal_loss_weight": (0.5, 0.05), "seed": (1, 42),
+        "val_ratio": (0.5, 0.01),
+    }  # fmt: skip
+    for flag, (value, stored) in changes.items():
+        capsys.readouterr()
+        run(out, "--resume", "--max_steps", "2", f"--{flag}", value, status=2)
+        error = capsys.readouterr().err
+        assert f"--{flag} is fixed by" in error and f"the checkpoint has {stored})" in error
+
+
+def test_a_moved_run_goes_on_where_it_is_now(square_videos, tmp_path):
+    old = run(tmp_path / "old", "--data_root", square_videos, "--max_steps", "1", "--vis_every", "0", *TINY_FLAGS)
+    new = shutil.copytree(old, tmp_path / "new")
+    before = (old / "last.pt").read_bytes()
+    run(new, "--resume", "--max_steps", "2")
+    assert (old / "last.pt").read_bytes() == before and load_checkpoint(new / "last.pt")["step"] == 2
+
+
+def test_a_killed_run_goes_on_from_its_last_save(square_videos, tmp_path, monkeypatch):
+    common = ["--data_root", square_videos, "--epochs", "2", "--vis_every", "0", *TINY_FLAGS]
+    straight = run(tmp_path / "straight", *common)
+    optimise = train_video_ddpm.optimise
+
+    def die_in_step_six(state, *rest):
+        if state.step == 5:
+            raise KeyboardInterrupt  # nothing is saved on the way out
+        return optimise(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_video_ddpm, "optimise", die_in_step_six)
+        killed = run(tmp_path / "killed", *common, "--save_every", "3", status=130)
+    assert load_checkpoint(killed / "last.pt")["step"] == 4  # the epoch's end, after the third step's save
+    run(killed, "--resume")
+    a, b = (load_checkpoint(folder / "last.pt") for folder in (straight, killed))
+    assert all(same(a[key], b[key]) for key in a if key not in ("args", "rng"))
 
 
 def test_a_run_is_never_started_over_or_overwritten_silently(square_videos, tmp_path, capsys):
@@ -200,6 +227,12 @@ def test_another_length_on_resume_never_makes_the_learning_rate_jump(total):
     assert rates[40] == pytest.approx(learning_rate(40, before))
     assert learning_rate(total, after) == pytest.approx(0)
     assert plan_learning_rate(args, 100, 40, before) == before  # the same length: the same curve, exactly
+
+
+def test_another_length_during_warm_up_keeps_the_peak():
+    args = arguments("--lr", "0.01", "--warmup_steps", "100")
+    after = plan_learning_rate(args, 2000, 10, plan_learning_rate(args, 1000, 0, None))
+    assert max(learning_rate(step, after) for step in range(10, 2000)) == pytest.approx(0.01)
 
 
 def test_a_new_peak_on_resume_starts_its_own_cosine():
@@ -329,6 +362,22 @@ def test_ema_copies_first_and_then_averages(square_videos, tmp_path):
         torch.testing.assert_close(value, 0.9 * early["ema"][name] + 0.1 * late["model"][name], rtol=1e-5, atol=1e-7)
 
 
+def test_contexts_are_dropped_in_training_as_often_as_asked(square_videos, tmp_path, monkeypatch):
+    blank = []
+    loss = train_video_ddpm.diffusion_loss
+
+    def watch(model, schedule, start, middle, end, *rest):
+        blank.extend([bool(s.eq(0).all() and e.eq(0).all()) for s, e in zip(start, end, strict=True)])
+        return loss(model, schedule, start, middle, end, *rest)
+
+    monkeypatch.setattr(train_video_ddpm, "diffusion_loss", watch)
+    for rate, expected in (("0", {False}), ("1", {True}), ("0.5", {False, True})):
+        blank.clear()
+        common = ["--data_root", square_videos, "--max_steps", "6", "--vis_every", "0", *TINY_FLAGS]
+        run(tmp_path / rate, *common, "--cfg_drop_prob", rate)
+        assert set(blank) == expected and len(blank) == 12
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_is_never_saved(
     square_videos, tmp_path, capsys, monkeypatch
 ):
@@ -409,7 +458,7 @@ def test_defaults_are_those_of_the_original_design():
         (["--max_videos", "1"], "--max_videos must be at least 2"),
         (["--base_channels", "30"], "--base_channels must be a positive multiple of 4 (got 30)"),
         (["--temporal_attn_levels", "3"], "--temporal_attn_levels must lie in [0, 2]"),
-        (["--vis_steps", "2000"], "--steps must lie in [1, 1000]"),
+        (["--vis_steps", "2000"], "--vis_steps must be at most --timesteps 1000 (got 2000)"),
         (["--device", "tpu"], "argument --device: must be auto, cpu, cuda or cuda:N (got tpu)"),
         (["--base", "8"], "unrecognized arguments: --base 8"),
         (["--data_root", "/nowhere"], "--data_root must be a folder (got /nowhere)"),

@@ -77,10 +77,13 @@ def test_resizing_is_torchvisions_shorter_side_then_centre_crop():
     assert torch.equal(resize_and_crop(frames, 16), expected)
 
 
-def test_gray_is_bt601_luma():
-    frames = torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8)
-    r, g, b = frames.float()
-    assert (to_gray(frames)[0].float() - (0.299 * r + 0.587 * g + 0.114 * b)).abs().max() <= 1  # 8-bit truncation
+def test_gray_is_bt601_luma_and_leaves_gray_pictures_alone():
+    frames = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
+    r, g, b = frames.double().unbind(1)
+    # rounded, with weights of 16 bits: half a level and 255 * 2^-16
+    assert (to_gray(frames)[:, 0].double() - (0.299 * r + 0.587 * g + 0.114 * b)).abs().max() <= 0.505
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    assert torch.equal(to_gray(levels.expand(3, -1, -1)), levels)
 
 
 BASELINES = Path(__file__).parents[2] / "shared/data/sim_push/baselines.json"

@@ -55,7 +55,7 @@ def test_every_mp4_is_found_once_through_links_and_loops(tmp_path):
     (root / "deep" / "loop").symlink_to(root)  # a loop
     (root / "again.mp4").symlink_to(root / "b.mp4")  # the same file twice
     found = [path.relative_to(root).as_posix() for path in find_videos(root)]
-    assert found == ["again.mp4", "deep/er/A.MP4", "link/far.Mp4"]
+    assert found == ["b.mp4", "deep/er/A.MP4", "link/far.Mp4"]  # a link does not rename what it points to
 
 
 def test_a_root_that_is_no_folder_is_refused(tmp_path):
@@ -91,6 +91,33 @@ def test_adding_files_moves_none_across_even_where_a_side_had_to_be_filled(make_
         now = dict.fromkeys(names(train), "train") | dict.fromkeys(names(val), "val")
         assert sides.items() <= now.items()
         sides = now
+
+
+def test_a_file_linked_into_both_folders_is_held_out(make_mp4, prepare, tmp_path):
+    for i in range(3):
+        path = make_mp4(f"train/{i}.mp4")
+    (tmp_path / "videos" / "val").mkdir()
+    (tmp_path / "videos" / "val" / "x.mp4").symlink_to(path)
+    train, val = prepare()
+    assert names(train) == ["train/0.mp4", "train/1.mp4"] and names(val) == ["val/x.mp4"]
+
+
+def test_a_run_with_longer_clips_does_not_change_the_split_of_another(make_mp4, prepare):
+    for i in range(12):
+        make_mp4(f"{i:02d}.mp4", count=10 if position(0, f"{i:02d}.mp4") < 0.1 else 30)
+    before = prepare(val_ratio=0.1)
+    prepare(val_ratio=0.1, span=20)  # none of those held out is long enough: another file has to be
+    assert prepare(val_ratio=0.1) == before
+
+
+def test_names_that_are_no_text_are_found_and_reported(make_mp4, prepare, tmp_path):
+    for i in range(3):
+        make_mp4(f"{i}.mp4")
+    (tmp_path / "videos" / os.fsdecode(b"\xff.mp4")).touch()
+    train, val = prepare()
+    assert len(train + val) == 3
+    prepare.lines[1].encode()  # printable
+    assert "xff.mp4" in prepare.lines[1]
 
 
 def test_the_hash_meets_the_ratio_and_depends_on_the_seed():
@@ -148,8 +175,10 @@ def test_a_damaged_index_is_made_anew(make_mp4, tmp_path):
     path = make_mp4("a.mp4")
     index = VideoIndex(tmp_path / "videos", tmp_path / "cache")
     index.lookup([path], 1)
-    index.path.write_text(index.path.read_text()[:50])
-    assert VideoIndex(tmp_path / "videos", tmp_path / "cache").lookup([path], 1)[0].info.frames == 12
+    whole = index.path.read_bytes()
+    for damaged in (whole[:50], b"\xff" + whole, b"[]"):
+        index.path.write_bytes(damaged)
+        assert VideoIndex(tmp_path / "videos", tmp_path / "cache").lookup([path], 1)[0].info.frames == 12
 
 
 def test_bad_files_are_counted_and_named_with_their_reason(make_mp4, prepare, tmp_path):

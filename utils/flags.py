@@ -39,6 +39,13 @@ fraction = ranged(float, "a number in (0, 1)", lambda value: 0 < value < 1)
 decay = ranged(float, "a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
+def nonempty_path(text: str) -> str:
+    """A path that is not empty, as an unset shell variable would be."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def device_name(text: str) -> str:
     """The name of a device, or "auto"; kept as a name, so that a checkpoint moves between machines."""
     if text != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", text):

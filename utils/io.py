@@ -37,10 +37,7 @@ def read_image(path: str | Path) -> Tensor:
                 gray = (image.read(index=0, rotate=True) >> 8).astype(np.uint8)
                 return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
             rgba = image.read(index=0, mode="RGBA", rotate=True).astype(np.uint16)  # [H,W,4]
-    except (
-        OSError,
-        SyntaxError,
-    ) as error:  # SyntaxError: a bad PNG chunk
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
         raise ValueError(f"{path}: not a readable image ({type(error).__name__})") from error
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
     over_white = (rgb * alpha + 255 * (255 - alpha) + 127) // 255

@@ -22,8 +22,12 @@ def to_float(frames: Tensor) -> Tensor:
 
 
 def to_gray(frames: Tensor) -> Tensor:
-    """RGB to one channel by ITU-R BT.601 luma: uint8 [...,3,H,W] -> [...,1,H,W]."""
-    return transforms.rgb_to_grayscale(frames)
+    """RGB to one channel by rounded ITU-R BT.601 luma: uint8 [...,3,H,W] -> [...,1,H,W]; gray stays as it is.
+
+    Integer weights that sum to one make it exact on gray; torchvision's float ones darken every level by one.
+    """
+    weights = torch.tensor([19595, 38470, 7471], device=frames.device).view(3, 1, 1)  # 0.299, 0.587, 0.114 of 2^16
+    return (((frames.int() * weights).sum(-3, keepdim=True) + 2**15) >> 16).to(torch.uint8)
 
 
 def resize_and_crop(frames: Tensor, size: int) -> Tensor:
