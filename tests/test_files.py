@@ -139,7 +139,7 @@ def state(**changes):
     plan = dict.fromkeys(("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps"), 1)
     values = {
         "step": 3, "epoch": 0, "step_in_epoch": 3, "model": {"w": torch.arange(3.0)}, "ema": {},
-        "scaler": {}, "rng": {},
+        "scaler": {}, "rng": {"torch": torch.get_rng_state()},
         "optimizer": {"state": {}, "param_groups": []}, "lr_scheduler": plan, "best_val_loss": 0.5,
         "model_config": {"image_channels": 3, "channel_mults": [1], "endpoint_context": 2},
         "diffusion_config": {"timesteps": 1000, "schedule": "cosine", "noise_offset": 0.0},

@@ -1,12 +1,13 @@
 """Checkpoints: one dict of tensors and plain Python types, written atomically, read without running code."""
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from utils.io import replacing
 
 FORMAT = 1
 KEYS = (
@@ -15,8 +16,8 @@ KEYS = (
 )  # fmt: skip
 NUMBER, TEXT, LIST = (int, float), str, (list, tuple)
 CONTENTS = {  # what sampling and resuming read, with its type and, for a number, its range
-    "model": {}, "ema": {}, "optimizer": {"state": dict, "param_groups": LIST}, "scaler": {}, "rng": {},
-    "history": {"train": LIST, "epochs": LIST, "sums": dict},
+    "model": {}, "ema": {}, "optimizer": {"state": dict, "param_groups": LIST}, "scaler": {},
+    "rng": {"torch": torch.Tensor}, "history": {"train": LIST, "epochs": LIST, "sums": dict},
     "lr_scheduler": dict.fromkeys(("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps"), NUMBER),
     "model_config": {"image_channels": (1, 3), "channel_mults": LIST, "endpoint_context": (1, 4096)},
     "clip_config": {"num_frames": (3, 65536), "size": (1, 65536), "frame_stride": (1, 65536), "color_mode": TEXT},
@@ -30,18 +31,11 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
     Raises: OSError: if the disk is full or the folder not writable; the file at `path` is then untouched.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except RuntimeError as error:  # torch's zip writer reports a full disk so
         raise OSError(f"{path}: could not be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Bytes on disk: images in, and PNG, MP4, GIF and contact sheets out."""
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import imageio.v3 as iio
@@ -113,16 +114,17 @@ def observed_frames(num_frames: int, endpoint_context: int) -> list[bool]:
     return [i < endpoint_context or i >= num_frames - endpoint_context for i in range(num_frames)]
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that at any instant it is the previous or the next whole one.
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write whose bytes take the place of `path` at the end: it is always the previous or the next whole file.
 
-    The bytes go to a temporary name in the same folder, are flushed to disk, and then take the file's place.
+    They go to a temporary name in the same folder and are flushed to disk first; after an error `path` is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -132,4 +134,5 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 def save_json(path: str | Path, value: Any) -> None:
     """Write a readable JSON file, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
