@@ -116,7 +116,7 @@ def observed_frames(num_frames: int, endpoint_context: int) -> list[bool]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write whose bytes take the place of `path` at the end: it is always the previous or the next whole file.
+    """A file whose bytes take the place of `path` at the end: at any instant that is the previous or the next whole one.
 
     They go to a temporary name in the same folder and are flushed to disk first; after an error `path` is untouched.
     """
