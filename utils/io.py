@@ -116,9 +116,10 @@ def observed_frames(num_frames: int, endpoint_context: int) -> list[bool]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file whose bytes take the place of `path` at the end: at any instant that is the previous or the next whole one.
+    """A file whose bytes take the place of `path` once they are whole.
 
-    They go to a temporary name in the same folder and are flushed to disk first; after an error `path` is untouched.
+    They go to a temporary name in the same folder and are flushed to disk first, so that `path` is at any instant the
+    previous or the next whole file; after an error it is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
