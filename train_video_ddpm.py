@@ -74,8 +74,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Five minutes on two CPU cores: small frames, a small network, few sampler steps.
     "demo": {
         "out_dir": "outputs/demo", "size": 32, "base_channels": 24, "channel_mults": [1, 2], "res_blocks": 1,
-        "temporal_attn_levels": [1], "batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 24, "max_steps": 0,
-        "ema_decay": 0.99, "vis_every": 8, "vis_steps": 8, "vis_guidance_scale": 1.0, "log_every": 50,
+        "temporal_attn_levels": [1], "batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 22,
+        "ema_decay": 0.99, "vis_every": 11, "vis_steps": 6, "vis_guidance_scale": 1.0, "log_every": 50,
         "num_workers": 0, "cache_videos": True,
     },
 }  # fmt: skip

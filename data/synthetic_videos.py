@@ -19,7 +19,7 @@ from tqdm import tqdm
 SIZE, FRAMES, FPS = 64, 30, 10
 TRAIN_CLIPS, VAL_CLIPS = 240, 24
 RENDER_VERSION = 1  # part of the folder's name: change it whenever the pictures change
-GRIPPER_RADIUS = 0.1  # in units of the picture's width, as are all lengths here
+GRIPPER_RADIUS = 0.13  # in units of the picture's width, as are all lengths here
 SUBSTEPS = 4
 PALETTE = np.array(
     [[214, 40, 40], [36, 100, 210], [40, 160, 70], [240, 190, 30], [150, 60, 180], [20, 170, 180], [235, 120, 30]]
@@ -172,8 +172,8 @@ def render(
     base = np.array([0.5 + rng.uniform(-0.15, 0.15), -0.1], np.float32)
     arm = rng.uniform(30, 80) * np.array([1, 1, 1.15])
     tip = gripper[:, None, None, :]  # [T,1,1,2]
-    paint(segment_distance(x - 0.03, y - 0.04, base, tip) - 0.075, (0, 0, 0), 0.25)
-    paint(segment_distance(x, y, base, tip) - 0.065, arm)
+    paint(segment_distance(x - 0.03, y - 0.04, base, tip) - 0.12, (0, 0, 0), 0.25)
+    paint(segment_distance(x, y, base, tip) - 0.11, arm)
     paint(np.hypot(x - tip[..., 0], y - tip[..., 1]) - GRIPPER_RADIUS, arm * 0.6)
     paint(np.hypot(x - tip[..., 0], y - tip[..., 1]) - 0.45 * GRIPPER_RADIUS, (225, 225, 230))
     return torch.from_numpy(np.rint(picture).clip(0, 255).astype(np.uint8)).permute(3, 0, 1, 2)
