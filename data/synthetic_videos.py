@@ -156,26 +156,33 @@ def render(
     y, x = (np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5) / SIZE
     picture = np.broadcast_to(draw_table(rng, x, y), (FRAMES, SIZE, SIZE, 3)).copy()
 
-    def paint(distance: np.ndarray, colour: np.ndarray, opacity: float = 1.0) -> None:
+    def paint(distance: np.ndarray, colour: np.ndarray, opacity: float = 1.0, window: tuple = ()) -> None:
+        target = picture[window]
         touched = distance < 0.5 / SIZE  # [T,H,W]: few pixels, so the blending is confined to them
         cover = np.clip(0.5 - distance[touched] * SIZE, 0, 1)[:, None] * np.float32(opacity)
-        picture[touched] += cover * (np.asarray(colour, np.float32) - picture[touched])
+        target[touched] += cover * (np.asarray(colour, np.float32) - target[touched])
 
     for n, (r, colour) in enumerate(zip(blocks["radius"], blocks["colour"], strict=True)):
-        dx, dy = x - centres[:, n, 0, None, None], y - centres[:, n, 1, None, None]  # [T,H,W]
-        paint(np.hypot(dx - 0.015, dy - 0.02) - r, (0, 0, 0), 0.25)
+        reach = 1.2 * r + 0.04  # the corners and the shadow: nothing of a block is painted further out
+        low, high = (centres[:, n].min(0) - reach) * SIZE, (centres[:, n].max(0) + reach) * SIZE
+        columns, rows = (slice(max(0, math.floor(low[i])), math.ceil(high[i])) for i in (0, 1))
+        window = (slice(None), rows, columns)
+        dx = x[rows, columns] - centres[:, n, 0, None, None]  # [T,h,w]
+        dy = y[rows, columns] - centres[:, n, 1, None, None]
+        paint(length(dx - 0.015, dy - 0.02) - r, (0, 0, 0), 0.25, window)
         cos, sin = np.cos(angles[:, n, None, None]), np.sin(angles[:, n, None, None])
-        across, along = np.abs(cos * dx + sin * dy), np.abs(cos * dy - sin * dx)
-        paint(np.maximum(across, along) - 0.8 * r, colour)
-        paint(np.maximum(across, along) - 0.45 * r, np.minimum(colour * 1.25, 255))  # a lighter top
+        from_centre = np.maximum(np.abs(cos * dx + sin * dy), np.abs(cos * dy - sin * dx))
+        paint(from_centre - 0.8 * r, colour, window=window)
+        paint(from_centre - 0.45 * r, np.minimum(colour * 1.25, 255), window=window)  # a lighter top
 
     base = np.array([0.5 + rng.uniform(-0.15, 0.15), -0.1], np.float32)
     arm = rng.uniform(30, 80) * np.array([1, 1, 1.15])
     tip = gripper[:, None, None, :]  # [T,1,1,2]
     paint(segment_distance(x - 0.03, y - 0.04, base, tip) - 0.12, (0, 0, 0), 0.25)
     paint(segment_distance(x, y, base, tip) - 0.11, arm)
-    paint(np.hypot(x - tip[..., 0], y - tip[..., 1]) - GRIPPER_RADIUS, arm * 0.6)
-    paint(np.hypot(x - tip[..., 0], y - tip[..., 1]) - 0.45 * GRIPPER_RADIUS, (225, 225, 230))
+    from_tip = length(x - tip[..., 0], y - tip[..., 1])
+    paint(from_tip - GRIPPER_RADIUS, arm * 0.6)
+    paint(from_tip - 0.45 * GRIPPER_RADIUS, (225, 225, 230))
     return torch.from_numpy(np.rint(picture).clip(0, 255).astype(np.uint8)).permute(3, 0, 1, 2)
 
 
@@ -193,4 +200,9 @@ def segment_distance(x: np.ndarray, y: np.ndarray, start: np.ndarray, end: np.nd
     along = end - start
     px, py = x - start[0], y - start[1]
     share = np.clip((px * along[..., 0] + py * along[..., 1]) / (along**2).sum(-1), 0, 1)
-    return np.hypot(px - share * along[..., 0], py - share * along[..., 1])
+    return length(px - share * along[..., 0], py - share * along[..., 1])
+
+
+def length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Euclidean length; five times faster than np.hypot, whose care for overflow is not needed here."""
+    return np.sqrt(x * x + y * y)
