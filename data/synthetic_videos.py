@@ -204,5 +204,5 @@ def segment_distance(x: np.ndarray, y: np.ndarray, start: np.ndarray, end: np.nd
 
 
 def length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Euclidean length; five times faster than np.hypot, whose care for overflow is not needed here."""
+    """Euclidean length; several times faster than np.hypot, whose care for overflow is not needed here."""
     return np.sqrt(x * x + y * y)
