@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset, prepare_videos
-from data.synthetic_videos import make_synthetic_videos
+from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset, videos_as_trained
 from diffusion.noise import SAMPLE, generator_for
-from diffusion.sampler import ddim_timesteps, sample_middle
+from diffusion.sampler import SAMPLERS, ddim_timesteps, forwards_per_clip, sample_middle
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.flags import (
     Parser,
-    device_name,
-    non_negative_float,
-    non_negative_int,
+    add_checkpoint_flags,
+    add_clip_flags,
+    add_sampler_flags,
     nonempty_path,
     positive_int,
-    probability,
     resolve_device,
+    sampler_settings,
+    settle_clip_flags,
 )
 from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
 from utils.video_utils import cross_fade, join_clip, psnr, resize_and_crop, split_clip, to_float, to_gray, to_uint8
@@ -42,12 +42,10 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
 
     group = parser.add_argument_group("checkpoint and output")
-    group.add_argument("--ckpt", required=True, help="checkpoint of train_video_ddpm.py: last.pt or best.pt")
-    group.add_argument("--use_raw_model", action="store_true", help="the trained weights instead of their EMA")
+    add_checkpoint_flags(group, required=True)
     group.add_argument("--out_dir", type=nonempty_path, default="outputs/sample", help="folder for everything written")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier sample in --out_dir")
     group.add_argument("--fps", type=positive_int, default=8, help="frames per second of sample.mp4 and sample.gif")
-    group.add_argument("--device", type=device_name, default="auto", help="auto = cuda where there is one, else cpu")
 
     group = parser.add_argument_group("contexts")
     group.add_argument(
@@ -66,34 +64,11 @@ def build_parser() -> Parser:
         help="folder for the file index and built-in clips; None = as in training",
     )
 
-    group = parser.add_argument_group("clip")
-    group.add_argument("--T", dest="num_frames", type=positive_int, help="frames per clip; may differ from training")
-    group.add_argument("--size", type=positive_int, help="height and width in pixels; may differ from training")
-    group.add_argument("--frame_stride", type=positive_int, help="source frames from one clip frame to the next")
-    group.add_argument("--endpoint_context", type=positive_int, help="observed frames K at each end; fixed by training")
-    group.add_argument("--color_mode", choices=("rgb", "gray"), help="fixed by training")
+    add_clip_flags(parser.add_argument_group("clip"))
 
     group = parser.add_argument_group("sampler")
     group.add_argument("--num_samples", type=positive_int, default=1, help="different middles for each context")
-    group.add_argument("--seed", type=non_negative_int, default=0, help="of the noise, per clip and sample")
-    group.add_argument("--steps", type=positive_int, default=40, help="DDIM steps, at most the schedule's length")
-    group.add_argument("--eta", type=probability, default=0.0, help="0 = deterministic DDIM .. 1 = DDPM's noise")
-    group.add_argument(
-        "--guidance_scale", type=non_negative_float, default=1.8,
-        help="1 = plain conditional (half the work), above 1 = contexts weigh more, 0 = contexts ignored",
-    )  # fmt: skip
-    group.add_argument(
-        "--clip_x0", action=argparse.BooleanOptionalAction, default=True,
-        help="clip clean predictions to the range of pixels at every step",
-    )  # fmt: skip
-    group.add_argument(
-        "--dynamic_threshold", action=argparse.BooleanOptionalAction, default=False,
-        help="scale clean predictions by a percentile instead of clipping them",
-    )  # fmt: skip
-    group.add_argument(
-        "--amp", action=argparse.BooleanOptionalAction, default=True,
-        help="bf16 autocast on a GPU that has it; does nothing on CPU",
-    )  # fmt: skip
+    add_sampler_flags(group, SAMPLERS)
     return parser
 
 
@@ -111,28 +86,13 @@ def settle_with_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any])
 
     Raises: ValueError: naming the flag, the rule and the value.
     """
-    fixed = {
-        "endpoint_context": checkpoint["model_config"]["endpoint_context"],
-        "color_mode": checkpoint["clip_config"]["color_mode"],
-    }
-    for name, value in fixed.items():
-        if getattr(args, name) not in (None, value):
-            raise ValueError(f"--{name} is fixed by {args.ckpt} (got {getattr(args, name)}, trained with {value})")
-        setattr(args, name, value)
-    for name in ("num_frames", "size", "frame_stride"):
-        if getattr(args, name) is None:
-            setattr(args, name, checkpoint["clip_config"][name])
-    t, k = args.num_frames, args.endpoint_context
-    if t <= 2 * k:
-        raise ValueError(f"--T must exceed 2 * {k} observed frames so that a middle exists (got {t})")
-    multiple = 2 ** len(checkpoint["model_config"]["channel_mults"])
-    if args.size % multiple:
-        raise ValueError(f"--size must be divisible by {multiple}, as the network's levels halve it (got {args.size})")
+    settle_clip_flags(args, checkpoint)
     ddim_timesteps(checkpoint["diffusion_config"]["timesteps"], args.steps)
     if not checkpoint["args"].get("cfg_drop_prob") and args.guidance_scale != 1:
         print(f"note: {args.ckpt} has no trained unconditional branch: it needs --guidance_scale 1", file=sys.stderr)
     if (args.start_images is None) != (args.end_images is None):
         raise ValueError("--start_images and --end_images must be given together")
+    k = args.endpoint_context
     for flag in ("start_images", "end_images"):
         paths = getattr(args, flag)
         if paths is not None and len(paths) != k:
@@ -154,15 +114,7 @@ def load_contexts(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Conte
         start, end = (load_images(paths, args.size, args.color_mode) for paths in (args.start_images, args.end_images))
         return Contexts(start, end, None, [" ".join([*args.start_images, *args.end_images])])
 
-    trained, clip = checkpoint["args"], checkpoint["clip_config"]
-    root = trained.get("data_root") if args.data_root is None else args.data_root
-    cache_dir = args.cache_dir or trained.get("cache_dir") or "outputs/cache"
-    if root is None:
-        root = make_synthetic_videos(cache_dir, save_mp4)
-    _, held_out = prepare_videos(  # by the span of training, so that the split is that of training
-        root, span=(clip["num_frames"] - 1) * clip["frame_stride"] + 1, val_ratio=trained["val_ratio"],
-        seed=trained["seed"], cache_dir=cache_dir, max_videos=trained.get("max_videos"),
-    )  # fmt: skip
+    root, held_out = videos_as_trained(checkpoint, "val", args.data_root, args.cache_dir, save_mp4)
     span = (args.num_frames - 1) * args.frame_stride + 1
     videos = [video for video in held_out if video.info.frames >= span]
     if args.num_clips > len(videos):
@@ -225,10 +177,9 @@ def generate(
         for chunk in chunks:
             start, end = (to_float(context[chunk]).to(device) for context in (contexts.start, contexts.end))
             middle = sample_middle(
-                model, schedule, start, end, num_middle=args.num_frames - 2 * args.endpoint_context, steps=args.steps,
-                guidance_scale=args.guidance_scale, eta=args.eta, clip_x0=args.clip_x0,
-                dynamic_threshold=args.dynamic_threshold, noise_offset=diffusion["noise_offset"],
-                generator=generators[chunk], callback=lambda **_: bar.update(),
+                model, schedule, start, end, num_middle=args.num_frames - 2 * args.endpoint_context,
+                noise_offset=diffusion["noise_offset"], generator=generators[chunk],
+                callback=lambda **_: bar.update(), **sampler_settings(args),
             )  # fmt: skip
             middles.append(to_uint8(middle).cpu())
     return torch.cat(middles)
@@ -292,10 +243,10 @@ def sample(args: argparse.Namespace) -> None:
             save_sample(folder, contexts, clip, middles[clip], args)
             found = score(contexts, clip, middles[clip])
             scores.append(found)
-            branches = 1 if args.guidance_scale in (0, 1) else 2
             settings = vars(args) | {
                 "device": str(device), "checkpoint_step": checkpoint["step"], "source": contexts.sources[clip],
-                "clip": clip, "sample": n, "nfe": args.steps * branches, "seconds": seconds, "scores": found,
+                "clip": clip, "sample": n, "scores": found, "nfe": forwards_per_clip(args.steps, args.guidance_scale),
+                "seconds": seconds,
             }  # fmt: skip
             save_json(folder / "sample.json", settings)
             quality = (

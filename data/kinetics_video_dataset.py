@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from data.synthetic_videos import make_synthetic_videos
 from data.video_reader import DECODE_ERRORS, VideoInfo, probe_video, read_frames
 from utils.video_utils import resize_and_crop, to_gray
 
@@ -224,6 +225,56 @@ def prepare_videos(
         needed = "a usable MP4 file" if designated else "at least two usable MP4 files, one for validation"
         raise ValueError(f"--data_root {root}: {rule} {needed}; {'; '.join(report(seen, span))}")
     return sides[0], sides[1]
+
+
+def videos_as_trained(
+    checkpoint: dict[str, Any],
+    split: str,
+    data_root: str | None,
+    cache_dir: str | None,
+    save_mp4: Callable[..., None],
+    log: Callable[[str], None] = print,
+) -> tuple[str, list[Video]]:
+    """A data folder and the usable files of one of its splits, divided as the training of a checkpoint divided them.
+
+    Args:
+        checkpoint: whose `args` and `clip_config` say where the clips were, and how they were split.
+        split: "train", "val" or "all", which takes a folder whole.
+        data_root: folder of MP4 files; None = that of training, the built-in clips included.
+        cache_dir: where the index is kept; None = as in training.
+        save_mp4: writer of the built-in clips, as `make_synthetic_videos` wants it.
+        log: receives the index's findings.
+
+    Raises: ValueError: as `prepare_videos`, or if the folder holds no usable file.
+    """
+    trained, clip = checkpoint["args"], checkpoint["clip_config"]
+    cache_dir = cache_dir or trained.get("cache_dir") or "outputs/cache"
+    root = data_root or trained.get("data_root") or make_synthetic_videos(cache_dir, save_mp4)
+    span = (clip["num_frames"] - 1) * clip["frame_stride"] + 1
+    if split == "all":
+        return root, usable_videos(root, span, cache_dir, log)
+    train, val = prepare_videos(
+        root, span=span, val_ratio=trained["val_ratio"], seed=trained["seed"], cache_dir=cache_dir,
+        max_videos=trained.get("max_videos"), log=log,
+    )  # fmt: skip
+    return root, {"train": train, "val": val}[split]
+
+
+def usable_videos(
+    data_root: str | Path, span: int, cache_dir: str | Path, log: Callable[[str], None] = print
+) -> list[Video]:
+    """Every file below a folder that can give a clip of `span` frames, by name.
+
+    Raises: ValueError: if there is none; it counts the files and names the first bad ones.
+    """
+    videos = VideoIndex(data_root, cache_dir).lookup(find_videos(data_root), workers=1)
+    usable = [video for video in videos if video.info and video.info.frames >= span]
+    findings = report(videos, span)
+    if not usable:
+        raise ValueError(f"--data_root {data_root}: it must hold a usable MP4 file; {'; '.join(findings)}")
+    for line in findings:
+        log(line)
+    return usable
 
 
 def share_limit(max_videos: int | None, train: int, val: int) -> tuple[int, int]:

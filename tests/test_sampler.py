@@ -139,6 +139,54 @@ def test_whole_trajectory_agrees_with_diffusers(steps, eta):
     torch.testing.assert_close(middle, x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [7, 40])
+def test_dpm_solver_trajectory_agrees_with_diffusers(steps):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle: pip install -r requirements-dev.txt")
+    oracle = diffusers.DPMSolverMultistepScheduler(
+        1000, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", solver_order=2,
+        algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=False, final_sigmas_type="zero",
+    )  # fmt: skip
+    visited = ddim_timesteps(1000, steps)
+    oracle.set_timesteps(timesteps=visited)
+    # its table of sigma / alpha, in float64 as ours, with the clean end
+    level = SCHEDULE.alpha_bar[visited]
+    oracle.sigmas = torch.cat([((1 - level) / level).sqrt(), torch.zeros(1, dtype=torch.float64)])
+    model, (start, end), trajectory = CountingModel(), contexts(), []
+    middle = sample_middle(
+        model, SCHEDULE, start, end, num_middle=4, sampler="dpmpp_2m", steps=steps, clip_x0=False,
+        generator=generators(1, 2), callback=lambda **state: trajectory.append(state),
+    )  # fmt: skip
+    x = trajectory[0]["x_t"]
+    features = model.encode_contexts(start, end)
+    for state, t in zip(trajectory, visited, strict=True):
+        # float32 rounding of values up to about 4, accumulated over the steps
+        torch.testing.assert_close(state["x_t"], x, rtol=1e-4, atol=1e-4)
+        x = oracle.step(model.denoise(x, torch.full((2,), t), features), t, x).prev_sample
+    torch.testing.assert_close(middle, x, rtol=1e-4, atol=1e-4)
+
+
+def gaussian_error(sampler, steps):
+    """How far off the deviation of an exactly denoised N(0.3, 0.5^2) is: the slope from noise to frames, less 0.5."""
+    states = []
+    middle = sample_middle(
+        ExactModel(0.3, 0.5), SCHEDULE, *contexts(1), num_middle=4, sampler=sampler, steps=steps, clip_x0=False,
+        generator=generators(1), callback=lambda **state: states.append(state),
+    )  # fmt: skip
+    x_t = states[0]["x_t"]
+    slope = ((middle - middle.mean()) * (x_t - x_t.mean())).sum() / (x_t - x_t.mean()).square().sum()
+    return abs(slope.item() - 0.5)
+
+
+def test_dpm_solver_converges_in_second_order_where_ddim_does_in_first():
+    # for a Gaussian the map from noise to frames is linear: an error of order p falls by 2^p where steps double
+    ddim, dpm = ([gaussian_error(sampler, steps) for steps in (50, 100, 200)] for sampler in ("ddim", "dpmpp_2m"))
+    for coarse, fine in zip(ddim, ddim[1:], strict=False):
+        assert 1.8 < coarse / fine < 2.2
+    for coarse, fine in zip(dpm, dpm[1:], strict=False):
+        assert 3.5 < coarse / fine < 5
+    assert dpm[2] < ddim[2] / 5
+
+
 def test_contexts_are_encoded_once_and_plain_conditional_sampling_runs_one_branch():
     for guidance_scale, batch in ((1.0, 2), (0.0, 2), (1.8, 4)):
         model = CountingModel()
@@ -221,6 +269,8 @@ def test_dynamic_threshold_scales_each_clip_by_its_own_percentile():
         ({"num_middle": 0}, "num_middle must be at least 1"),
         ({"steps": 0}, "--steps must lie in"),
         ({"eta": 1.5}, "--eta must lie in"),
+        ({"sampler": "euler"}, "--sampler must be one of ddim, dpmpp_2m"),
+        ({"sampler": "dpmpp_2m", "eta": 0.5}, "--eta must be 0"),
         ({"generator": generators(1)}, r"one per clip \(2\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Argument types with their ranges, and the parser that both scripts share.
+"""Argument types with their ranges, the flags that several scripts share, and their parser.
 
 Each type is what argparse calls on the text of a flag; the range is part of its error message.
 """
@@ -68,6 +68,90 @@ def resolve_device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"--device must name one of the {count} CUDA devices of this machine (got {text})")
     return device
+
+
+def add_checkpoint_flags(group: argparse._ArgumentGroup, required: bool) -> None:
+    """--ckpt, --use_raw_model and --device, of the scripts that use a trained model."""
+    group.add_argument("--ckpt", required=required, help="checkpoint of train_video_ddpm.py: last.pt or best.pt")
+    group.add_argument("--use_raw_model", action="store_true", help="the trained weights instead of their EMA")
+    group.add_argument("--device", type=device_name, default="auto", help="auto = cuda where there is one, else cpu")
+
+
+def add_clip_flags(group: argparse._ArgumentGroup) -> None:
+    """What a clip is made of; each is the checkpoint's unless given."""
+    group.add_argument("--T", dest="num_frames", type=positive_int, help="frames per clip; may differ from training")
+    group.add_argument("--size", type=positive_int, help="height and width in pixels; may differ from training")
+    group.add_argument("--frame_stride", type=positive_int, help="source frames from one clip frame to the next")
+    group.add_argument("--endpoint_context", type=positive_int, help="observed frames K at each end; fixed by training")
+    group.add_argument("--color_mode", choices=("rgb", "gray"), help="fixed by training")
+
+
+def add_sampler_flags(group: argparse._ArgumentGroup, samplers: Sequence[str], several: bool = False) -> None:
+    """How middles are sampled; with `several`, --sampler, --steps and --guidance_scale take any number of values."""
+    grid = {"nargs": "+"} if several else {}
+    each = "; several values = every combination" if several else ""
+    default = (lambda value: [value]) if several else (lambda value: value)
+    group.add_argument(
+        "--sampler", choices=tuple(samplers), default=default("ddim"), **grid,
+        help=f"ddim, or dpmpp_2m: second order, DPM-Solver++(2M){each}",
+    )  # fmt: skip
+    group.add_argument(
+        "--steps", type=positive_int, default=default(40), **grid,
+        help=f"sampler steps, at most the schedule's length{each}",
+    )  # fmt: skip
+    group.add_argument("--eta", type=probability, default=0.0, help="0 = deterministic .. 1 = DDPM's noise; ddim only")
+    group.add_argument(
+        "--guidance_scale", type=non_negative_float, default=default(1.8), **grid,
+        help=f"1 = plain conditional (half the work), above 1 = contexts weigh more, 0 = contexts ignored{each}",
+    )  # fmt: skip
+    group.add_argument("--seed", type=non_negative_int, default=0, help="of the noise, per clip and sample")
+    group.add_argument(
+        "--clip_x0", action=argparse.BooleanOptionalAction, default=True,
+        help="clip clean predictions to the range of pixels at every step",
+    )  # fmt: skip
+    group.add_argument(
+        "--dynamic_threshold", action=argparse.BooleanOptionalAction, default=False,
+        help="scale clean predictions by a percentile instead of clipping them",
+    )  # fmt: skip
+    group.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, default=True,
+        help="bf16 autocast on a GPU that has it; does nothing on CPU",
+    )  # fmt: skip
+
+
+def sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_sampler_flags` that the sampling loop takes, by its names for them."""
+    names = ("sampler", "steps", "guidance_scale", "eta", "clip_x0", "dynamic_threshold")
+    return {name: getattr(args, name) for name in names}
+
+
+def settle_clip_flags(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+    """Fill the clip flags that were not given from the checkpoint, and check those that were.
+
+    Raises: ValueError: naming the flag, the rule and the value.
+    """
+    fixed = {
+        "endpoint_context": checkpoint["model_config"]["endpoint_context"],
+        "color_mode": checkpoint["clip_config"]["color_mode"],
+    }
+    for name, value in fixed.items():
+        if getattr(args, name) not in (None, value):
+            raise ValueError(f"--{name} is fixed by {args.ckpt} (got {getattr(args, name)}, trained with {value})")
+        setattr(args, name, value)
+    for name in ("num_frames", "size", "frame_stride"):
+        if getattr(args, name) is None:
+            setattr(args, name, checkpoint["clip_config"][name])
+    check_frame_count(args)
+    multiple = 2 ** len(checkpoint["model_config"]["channel_mults"])
+    if args.size % multiple:
+        raise ValueError(f"--size must be divisible by {multiple}, as the network's levels halve it (got {args.size})")
+
+
+def check_frame_count(args: argparse.Namespace) -> None:
+    """Raises: ValueError: unless --T leaves a middle between the observed ends."""
+    t, k = args.num_frames, args.endpoint_context
+    if t <= 2 * k:
+        raise ValueError(f"--T must exceed 2 * {k} observed frames so that a middle exists (got {t})")
 
 
 class Parser(argparse.ArgumentParser):

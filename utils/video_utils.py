@@ -67,15 +67,20 @@ def cross_fade(start_context: Tensor, end_context: Tensor, num_middle: int) -> T
     return torch.lerp(start_context[:, :, -1:], end_context[:, :, :1], weight)
 
 
-def psnr(frames: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio per clip: the mean over frames of each frame's dB, on 8-bit values.
+def frame_psnr(frames: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of every frame on 8-bit values.
 
     Args:
         frames: [B,C,T,H,W] in [-1, 1].
         truth: the same shape.
 
-    Returns: [B] float64 in dB; a frame without error counts as 100 dB.
+    Returns: [B,T] float64 in dB; a frame without error counts as 100 dB.
     """
     difference = to_uint8(frames).double() - to_uint8(truth).double()
     mse = difference.square().mean(dim=(1, 3, 4))  # [B,T]
-    return (10 * torch.log10(255**2 / mse)).clamp(max=PSNR_CEILING).mean(1)
+    return (10 * torch.log10(255**2 / mse)).clamp(max=PSNR_CEILING)
+
+
+def psnr(frames: Tensor, truth: Tensor) -> Tensor:
+    """The mean of `frame_psnr` over each clip's frames, [B] float64 in dB."""
+    return frame_psnr(frames, truth).mean(1)
