@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset, videos_as_trained
 from diffusion.noise import SAMPLE, generator_for
-from diffusion.sampler import SAMPLERS, ddim_timesteps, forwards_per_clip, sample_middle
+from diffusion.sampler import SAMPLERS, check_sampler, forwards_per_clip, sample_middle
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
 from utils.checkpoint import load_checkpoint, load_weights
@@ -87,7 +87,7 @@ def settle_with_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any])
     Raises: ValueError: naming the flag, the rule and the value.
     """
     settle_clip_flags(args, checkpoint)
-    ddim_timesteps(checkpoint["diffusion_config"]["timesteps"], args.steps)
+    check_sampler(checkpoint["diffusion_config"]["timesteps"], args.sampler, args.steps, args.eta)
     if not checkpoint["args"].get("cfg_drop_prob") and args.guidance_scale != 1:
         print(f"note: {args.ckpt} has no trained unconditional branch: it needs --guidance_scale 1", file=sys.stderr)
     if (args.start_images is None) != (args.end_images is None):

@@ -35,6 +35,17 @@ def ddim_timesteps(timesteps: int, steps: int) -> list[int]:
     return torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
 
 
+def check_sampler(timesteps: int, sampler: str, steps: int, eta: float) -> None:
+    """Raises: ValueError: naming the flag, if these settings fit no sampler or not a schedule of so many timesteps."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"--sampler must be one of {', '.join(SAMPLERS)} (got {sampler})")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"--eta must lie in [0, 1] (got {eta})")
+    if sampler == "dpmpp_2m" and eta > 0:
+        raise ValueError(f"--eta must be 0 with --sampler dpmpp_2m, which adds no noise (got {eta})")
+    ddim_timesteps(timesteps, steps)
+
+
 def forwards_per_clip(steps: int, guidance_scale: float) -> int:
     """Network forwards (nfe) that one sample costs: a second branch runs unless the scale is 0 or 1."""
     return steps if guidance_scale in (0, 1) else 2 * steps
@@ -158,12 +169,7 @@ def sample_middle(
         )
     if num_middle < 1:
         raise ValueError(f"num_middle must be at least 1 (got {num_middle})")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"--eta must lie in [0, 1] (got {eta})")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"--sampler must be one of {', '.join(SAMPLERS)} (got {sampler})")
-    if sampler == "dpmpp_2m" and eta > 0:
-        raise ValueError(f"--eta must be 0 with --sampler dpmpp_2m, which adds no noise (got {eta})")
+    check_sampler(schedule.timesteps, sampler, steps, eta)
 
     visited = ddim_timesteps(schedule.timesteps, steps)
     b, c, _, h, w = start_context.shape

@@ -1,6 +1,7 @@
 """Bytes on disk: images in, and PNG, MP4, GIF and contact sheets out."""
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,13 @@ def save_gif(path: str | Path, clip: Tensor, fps: float) -> None:
     iio.imwrite(path, frames_last(clip), plugin="pillow", extension=".gif", duration=1000 / fps, loop=0)
 
 
+def animated_png(frames: Tensor, fps: float) -> bytes:
+    """uint8 frames [3,T,H,W] as a looping picture that browsers play; lossless, unlike a GIF."""
+    file = io.BytesIO()
+    iio.imwrite(file, frames_last(frames), plugin="pillow", extension=".png", duration=1000 / fps, loop=0)
+    return file.getvalue()
+
+
 def save_mp4(path: str | Path, clip: Tensor, fps: int, crf: int = 12) -> None:
     """Write a uint8 clip [C,T,H,W] as H.264; a preview for eyes, since its colours are subsampled where sizes are even.
 
@@ -96,17 +104,23 @@ def contact_sheet(rows: Sequence[Tensor], observed: Sequence[bool]) -> Tensor:
 
     Returns: image, uint8 [3,H',W'].
     """
-    lines = []
-    for clip in rows:
-        tiles = []
-        for frame, mark in zip(clip.cpu().unbind(1), observed, strict=True):
-            tile = enlarge(frame.expand(3, -1, -1), frame.shape[-1])
-            border = torch.tensor(OBSERVED_COLOUR if mark else GENERATED_COLOUR, dtype=torch.uint8).view(3, 1, 1)
-            framed = border.expand(3, tile.shape[1] + 6, tile.shape[2] + 6).clone()
-            framed[:, 3:-3, 3:-3] = tile
-            tiles.append(framed)
-        lines.append(torch.cat(tiles, dim=2))
+    lines = [torch.cat([framed(*pair) for pair in zip(clip.unbind(1), observed, strict=True)], dim=2) for clip in rows]
     return torch.cat(lines, dim=1)
+
+
+def side_by_side(clips: Sequence[Tensor], observed: Sequence[bool]) -> Tensor:
+    """Clips uint8 [C,T,H,W] of one shape beside each other in time, bordered as on sheets: uint8 [3,T,H',W']."""
+    moments = [[framed(clip[:, i], mark) for clip in clips] for i, mark in enumerate(observed)]
+    return torch.stack([torch.cat(moment, dim=2) for moment in moments], dim=1)
+
+
+def framed(frame: Tensor, observed: bool) -> Tensor:
+    """One frame, uint8 [C,H,W], enlarged and with the border that says whether it was given: uint8 [3,H',W']."""
+    tile = enlarge(frame.cpu().expand(3, -1, -1), frame.shape[-1])
+    border = torch.tensor(OBSERVED_COLOUR if observed else GENERATED_COLOUR, dtype=torch.uint8).view(3, 1, 1)
+    bordered = border.expand(3, tile.shape[1] + 6, tile.shape[2] + 6).clone()
+    bordered[:, 3:-3, 3:-3] = tile
+    return bordered
 
 
 def observed_frames(num_frames: int, endpoint_context: int) -> list[bool]:

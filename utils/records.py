@@ -6,7 +6,7 @@ import subprocess
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -69,9 +69,14 @@ def step_of(line: str) -> float:
 
 def save_run_description(path: Path, args: dict[str, Any], device: torch.device) -> None:
     """Write run.json: arguments, versions, git commit and whether the tree was clean, device."""
+    save_json(path, {"args": args} | describe_machine(device))
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What ran: versions of Python and the packages, the git commit and whether the tree was clean, the device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"python": platform.python_version()} | {package: metadata.version(package) for package in PACKAGES}
-    save_json(path, {"args": args, "versions": versions, "git": git_state(), "device": f"{device} ({name})"})
+    return {"versions": versions, "git": git_state(), "device": f"{device} ({name})"}
 
 
 def git_state() -> dict[str, Any] | None:
@@ -87,7 +92,7 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
-def save_training_curves(path: Path, history: dict[str, Any]) -> bool:
+def save_training_curves(file: Path | BinaryIO, history: dict[str, Any], format: str = "png") -> bool:
     """Plot losses and PSNR over steps; returns False, having done nothing, where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return False
@@ -110,5 +115,5 @@ def save_training_curves(path: Path, history: dict[str, Any]) -> bool:
     loss.set(xlabel="step", ylabel="loss", yscale="log")
     loss.legend()
     quality.set(xlabel="step", ylabel="PSNR of the middle, dB")
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, format=format, dpi=120)
     return True

@@ -1,0 +1,554 @@
+"""Score generated middle frames against the true ones, beside baselines, under a named protocol.
+
+From a checkpoint and a folder of clips to a table with confidence intervals and a page of pictures. Scores are written
+per clip as they come: the same command after a stop goes on where it was. Without --ckpt the baselines are scored.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.kinetics_video_dataset import DecodedFrames, Video, reason_of, usable_videos, videos_as_trained
+from data.video_reader import DECODE_ERRORS
+from diffusion.noise import SAMPLE, generator_for
+from diffusion.sampler import SAMPLERS, check_sampler, forwards_per_clip, sample_middle
+from diffusion.schedule import DiffusionSchedule
+from evaluation import report
+from evaluation.baselines import BASELINES, load_baseline, missing_package
+from evaluation.fvd import I3D, MIN_FRAMES
+from evaluation.metrics import METRICS, Scorer, alexnet_path, diversity, file_sha256, missing_for
+from evaluation.protocols import MCVD, PROTOCOLS, PUBLISHED, differences_from_mcvd, rules
+from evaluation.results import PerClipResults, Row, error_by_position, summarise
+from models.video_unet3d import build_model
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.flags import (
+    Parser,
+    add_checkpoint_flags,
+    add_clip_flags,
+    add_sampler_flags,
+    check_frame_count,
+    nonempty_path,
+    positive_int,
+    resolve_device,
+    sampler_settings,
+    settle_clip_flags,
+)
+from utils.io import observed_frames, replacing, save_json, save_mp4, side_by_side
+from utils.records import describe_machine, save_training_curves
+from utils.video_utils import cross_fade, join_clip, split_clip, to_float, to_uint8
+
+WITHOUT_CHECKPOINT = {"num_frames": 8, "endpoint_context": 2, "frame_stride": 1, "size": 64, "color_mode": "rgb"}
+FPS = 6  # of the animations
+
+
+def window_place(text: str) -> str | int:
+    """Type of --window: central, random, or the number of the first frame."""
+    if text in ("central", "random"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be central, random or a frame number from 0 (got {text})")
+    return int(text)
+
+
+def build_parser() -> Parser:
+    """Every flag; those that default to None take the checkpoint's value, or the protocol's."""
+    parser = Parser(__doc__)
+
+    group = parser.add_argument_group("checkpoint and output")
+    add_checkpoint_flags(group, required=False)
+    group.add_argument("--out_dir", type=nonempty_path, default="outputs/evaluation", help="folder for all results")
+    group.add_argument("--overwrite", action="store_true", help="begin anew, whatever --out_dir holds")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_root", type=nonempty_path, help="folder of MP4 files; None = the checkpoint's own data")
+    group.add_argument(
+        "--split", choices=("val", "train", "all"),
+        help="as training split the folder; all = the whole folder, for clips that training never saw; "
+        "None = val, or all without --ckpt",
+    )  # fmt: skip
+    group.add_argument(
+        "--num_videos", type=positive_int, default=256, help="the first so many by name, or all if there are fewer"
+    )
+    group.add_argument(
+        "--window", type=window_place,
+        help="which frames of a file: central, random (by --seed and clip) or the number of the first; "
+        "None = central, or random under the protocol mcvd",
+    )  # fmt: skip
+    group.add_argument("--cache_dir", type=nonempty_path, help="folder for the file index; None = as in training")
+    add_clip_flags(parser.add_argument_group("clip"))
+
+    group = parser.add_argument_group("scores")
+    group.add_argument(
+        "--protocol", choices=PROTOCOLS, default="native",
+        help="native, or mcvd: the published interpolation protocol, 2 + 2 frames -> 5, so --T 9",
+    )  # fmt: skip
+    group.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="what to measure")
+    group.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=BASELINES,
+        default=list(BASELINES),
+        help="rows beside the model's; may be none",
+    )
+    group.add_argument(
+        "--fvd_weights", type=nonempty_path, metavar="PT",
+        help="I3D network in TorchScript (i3d_torchscript.pt) for FVD; None = no FVD",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("sampler")
+    group.add_argument(
+        "--num_samples", type=positive_int, help="different middles for each clip; None = 1, or 10 under mcvd"
+    )
+    group.add_argument(
+        "--batch_size", type=positive_int, default=16, help="samples at once; a clip's result does not depend on it"
+    )
+    add_sampler_flags(group, SAMPLERS, several=True)
+    return parser
+
+
+# --- settling ---------------------------------------------------------------------------------------------------------
+
+
+def settle(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
+    """Fill the flags that were not given from the protocol and the checkpoint, and check them all.
+
+    Raises: ValueError: naming the flag, the rule and the value.
+    """
+    published = args.protocol == "mcvd"
+    if published:
+        for name, flag in (("num_frames", "T"), ("endpoint_context", "endpoint_context")):
+            if getattr(args, name) not in (None, MCVD[name]):
+                raise ValueError(f"--{flag} must be {MCVD[name]} under --protocol mcvd (got {getattr(args, name)})")
+            setattr(args, name, MCVD[name])
+    if checkpoint is not None:
+        settle_clip_flags(args, checkpoint)
+        for sampler, steps in product(args.sampler, args.steps):
+            check_sampler(checkpoint["diffusion_config"]["timesteps"], sampler, steps, args.eta)
+    else:
+        if args.split not in (None, "all") or args.data_root is None:
+            raise ValueError("without --ckpt, --data_root must be given and --split be all: no training split it")
+        for name, value in WITHOUT_CHECKPOINT.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        check_frame_count(args)
+        if not args.baselines:
+            raise ValueError("there is nothing to score: give --ckpt, or --baselines")
+    defaults = {
+        "split": "all" if checkpoint is None else "val",
+        "window": "random" if published else "central",
+        "num_samples": 10 if published else 1,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("sampler", "steps", "guidance_scale", "metrics", "baselines"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # once each, in the order given
+
+
+def drop_what_is_missing(args: argparse.Namespace, log: Callable[[str], None] = print) -> None:
+    """Leave out metrics and baselines that cannot run here, each with a line that says what would bring it."""
+    reasons = {metric: missing_for(metric, args.size) for metric in args.metrics}
+    if args.fvd_weights is None:
+        reasons["fvd"] = "fvd is left out: it needs --fvd_weights i3d_torchscript.pt (StyleGAN-V's, as MCVD uses)"
+    if args.num_frames < MIN_FRAMES:
+        reasons["fvd"] = f"fvd is left out: I3D needs clips of {MIN_FRAMES} frames or more (got --T {args.num_frames})"
+    if args.num_samples == 1:
+        reasons["diversity"] = "diversity is left out: it needs --num_samples 2 or more"
+    absent = {name: missing_package(name) for name in args.baselines}
+    for name, reason in [*reasons.items(), *absent.items()]:
+        if reason and name in (*args.metrics, *args.baselines):
+            log(reason)
+    args.metrics = [name for name in args.metrics if not reasons[name]]
+    args.baselines = [name for name in args.baselines if not absent[name]]
+    if not args.metrics:
+        raise ValueError("--metrics: none of those asked for can be computed here")
+
+
+# --- clips ------------------------------------------------------------------------------------------------------------
+
+
+def choose_videos(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> list[Video]:
+    """The files to score, and args.data_root settled.
+
+    Raises: ValueError: if there are none long enough.
+    """
+    clip_span = (args.num_frames - 1) * args.frame_stride + 1
+    if checkpoint is None:
+        videos = usable_videos(args.data_root, clip_span, args.cache_dir or "outputs/cache")
+    else:
+        root, videos = videos_as_trained(checkpoint, args.split, args.data_root, args.cache_dir, save_mp4)
+        args.data_root = str(root)
+    needed = clip_span + (args.window if isinstance(args.window, int) else 0)
+    chosen = [video for video in videos if video.info.frames >= needed][: args.num_videos]
+    if not chosen:
+        raise ValueError(f"--data_root {args.data_root}: none of {len(videos)} clips has the {needed} frames needed")
+    few = len(chosen) < args.num_videos and args.split == "val"
+    hint = "; --split all takes a whole folder that training never saw" if few else ""
+    print(f"scoring {len(chosen)} clips, split {args.split} of {args.data_root}{hint}")
+    return chosen
+
+
+def identify(video: Video, number: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What one clip is: its file, the file's hash, and the first frame used."""
+    slack = video.info.frames - ((args.num_frames - 1) * args.frame_stride + 1)
+    first = args.window
+    if args.window == "central":
+        first = slack // 2
+    elif args.window == "random":
+        first = int(np.random.default_rng([args.seed, number]).integers(slack + 1))
+    return {"name": video.name, "sha256": file_sha256(video.path), "first_frame": first}
+
+
+def read_clip(video: Video, first: int, args: argparse.Namespace) -> Tensor | str:
+    """One clip as uint8 [C,T,size,size], or why it cannot be read."""
+    wanted = [first + n * args.frame_stride for n in range(args.num_frames)]
+    try:
+        return DecodedFrames(args.size, args.color_mode).read(video, wanted)
+    except DECODE_ERRORS as error:
+        return reason_of(error)
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    """A row of the table: draws middles [B,C,M,H,W] for contexts [B,C,K,H,W] and one (clip, sample) key for each."""
+
+    name: str
+    samples: int
+    nfe: int
+    generate: Callable[[Tensor, Tensor, Sequence[tuple[int, int]]], Tensor]
+
+
+def model_methods(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> list[Method]:
+    """The checkpoint's network under every combination of sampler, steps and guidance."""
+    model = build_model(checkpoint["model_config"])
+    load_weights(model, checkpoint["model" if args.use_raw_model else "ema"], args.ckpt)
+    model = model.to(device).eval()
+    diffusion = checkpoint["diffusion_config"]
+    schedule = DiffusionSchedule(diffusion["timesteps"], diffusion["schedule"]).to(device)
+    amp = args.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if not checkpoint["args"].get("cfg_drop_prob") and args.guidance_scale != [1]:
+        print(f"note: {args.ckpt} has no trained unconditional branch: it needs --guidance_scale 1", file=sys.stderr)
+
+    def method(sampler: str, steps: int, guidance_scale: float) -> Method:
+        settings = sampler_settings(args) | {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
+
+        def generate(start: Tensor, end: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
+            generators = [generator_for(args.seed, SAMPLE, *key) for key in keys]
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                return sample_middle(
+                    model, schedule, start, end, num_middle=args.num_frames - 2 * args.endpoint_context,
+                    noise_offset=diffusion["noise_offset"], generator=generators, **settings,
+                )  # fmt: skip
+
+        name = f"ours, {sampler} {steps} steps, guidance {guidance_scale:g}"
+        return Method(name, args.num_samples, forwards_per_clip(steps, guidance_scale), generate)
+
+    return [method(*values) for values in product(args.sampler, args.steps, args.guidance_scale)]
+
+
+def baseline_methods(args: argparse.Namespace, device: torch.device) -> list[Method]:
+    """The baselines, which have one answer each and run no network of ours."""
+
+    def method(name: str) -> Method:
+        baseline = load_baseline(name, device)
+        num_middle = args.num_frames - 2 * args.endpoint_context
+        return Method(name.replace("_", "-"), 1, 0, lambda start, end, keys: baseline(start, end, num_middle))
+
+    return [method(name) for name in args.baselines]
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+class Evaluator:
+    """Scores batches of clips with every method.
+
+    Args:
+        methods: what to score.
+        scorer: of single clips.
+        i3d: features for FVD; None = no FVD.
+        batch_size: samples generated at once.
+        endpoint_context: K.
+        device: where it happens.
+    """
+
+    def __init__(
+        self, methods: Sequence[Method], scorer: Scorer, i3d: I3D | None, batch_size: int, endpoint_context: int,
+        device: torch.device,
+    ):  # fmt: skip
+        self.methods = methods
+        self.scorer = scorer
+        self.i3d = i3d
+        self.batch_size = batch_size
+        self.endpoint_context = endpoint_context
+        self.device = device
+
+    def generate(self, method: Method, start: Tensor, end: Tensor, numbers: Sequence[int]) -> tuple[Tensor, float]:
+        """All samples of a batch of clips, [B,N,C,M,H,W], and the seconds that one took."""
+        keys = [(row, sample) for row in range(len(numbers)) for sample in range(method.samples)]
+        clock = time.perf_counter()
+        parts = []
+        for i in range(0, len(keys), self.batch_size):
+            chunk = keys[i : i + self.batch_size]
+            rows = [row for row, _ in chunk]
+            parts.append(method.generate(start[rows], end[rows], [(numbers[row], sample) for row, sample in chunk]))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = (time.perf_counter() - clock) / len(keys)
+        return torch.cat(parts).unflatten(0, (len(numbers), method.samples)), seconds
+
+    def score(
+        self, clips: Tensor, numbers: Sequence[int], advance: Callable[[int], Any]
+    ) -> tuple[list[dict[str, Any]], dict[int, dict[str, np.ndarray]]]:
+        """Lines for per_clip.jsonl, and the FVD features by clip and method, of clips uint8 [B,C,T,H,W].
+
+        `advance` is told how many samples have been scored.
+        """
+        start, truth, end = split_clip(to_float(clips).to(self.device), self.endpoint_context)
+        lines = [{"clip": number, "methods": {}} for number in numbers]
+        features: dict[int, dict[str, np.ndarray]] = {}
+        if self.i3d is not None:
+            wholes = zip(start, truth, end, strict=True)
+            features = {n: {"truth": self.features(*parts)} for n, parts in zip(numbers, wholes, strict=True)}
+        for method in self.methods:
+            samples, seconds = self.generate(method, start, end, numbers)
+            for row, line in enumerate(lines):
+                n = method.samples
+                ends = (start[row].expand(n, -1, -1, -1, -1), end[row].expand(n, -1, -1, -1, -1))
+                scores = self.scorer(samples[row], truth[row].expand(n, -1, -1, -1, -1), *ends)
+                entry = {"samples": scores, "nfe": method.nfe, "seconds": seconds}
+                if n > 1:
+                    image = samples[row].mean(0, keepdim=True)
+                    entry["mean_image"] = self.scorer(image, truth[row, None], start[row, None], end[row, None])[0]
+                    if "diversity" in self.scorer.metrics:
+                        entry["diversity"] = diversity(samples[row])
+                line["methods"][method.name] = entry
+                if self.i3d is not None:
+                    whole = [self.features(start[row], sample, end[row]) for sample in samples[row]]
+                    features[numbers[row]][method.name] = np.stack(whole)
+                advance(n)
+        return lines, features
+
+    def features(self, start: Tensor, middle: Tensor, end: Tensor) -> np.ndarray:
+        """FVD features [D] of one whole clip of three parts, each [C,.,H,W]."""
+        return self.i3d(join_clip(start[None], middle[None], end[None]))[0]
+
+
+def score_all(evaluator: Evaluator, videos: Sequence[Video], results: PerClipResults, args: argparse.Namespace) -> None:
+    """Score every clip that `results` does not hold yet, in batches that do not depend on what it holds."""
+    group = max(1, args.batch_size // args.num_samples)
+    per_clip = sum(method.samples for method in evaluator.methods)
+    batches = [range(i, min(i + group, len(videos))) for i in range(0, len(videos), group)]
+    waiting = [batch for batch in batches if not results.has(batch)]
+    done = len(videos) - sum(map(len, waiting))
+    if done:
+        print(f"{done} of {len(videos)} clips were scored before")
+    with tqdm(total=len(videos) * per_clip, initial=done * per_clip, unit="sample", disable=None) as bar:
+        for batch in waiting:
+            reads = {i: read_clip(videos[i], results.clips[i]["first_frame"], args) for i in batch}
+            failed = [{"clip": i, "failure": read} for i, read in reads.items() if isinstance(read, str)]
+            for line in failed:
+                tqdm.write(f"could not read {videos[line['clip']].name} ({line['failure']}); it is left out")
+            numbers = [i for i in batch if torch.is_tensor(reads[i])]
+            lines, features = [], {}
+            if numbers:
+                lines, features = evaluator.score(torch.stack([reads[i] for i in numbers]), numbers, bar.update)
+            results.add([*lines, *failed], features)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def as_json(row: Row, positions: list[float] | None) -> dict[str, Any]:
+    """A row for metrics.json; FVD has no interval."""
+    scores = {name: [None if v != v else v for v in value] for name, value in row.scores.items()}
+    return row._asdict() | {
+        "scores": {name: dict(zip(("mean", "low", "high"), value, strict=True)) for name, value in scores.items()},
+        "psnr_by_position": positions,
+    }
+
+
+def curves(checkpoint: dict[str, Any]) -> str:
+    """The curves of training as a picture for the page, or what would bring them."""
+    svg = io.BytesIO()
+    if not checkpoint["history"]["train"]:
+        return "<p>The checkpoint holds no history.</p>"
+    if not save_training_curves(svg, checkpoint["history"], "svg"):
+        return "<p>Curves need matplotlib: pip install matplotlib</p>"
+    return svg.getvalue().decode()
+
+
+def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipResults, args: argparse.Namespace) -> str:
+    """The best, median and worst clip of the first method: truth, the method's first sample, and the cross-fade."""
+    method = evaluator.methods[0]
+    lines = results.scored()
+    if "psnr" in args.metrics:
+        lines.sort(key=lambda line: line["methods"][method.name]["samples"][0]["psnr"], reverse=True)
+    shown = {"best": lines[0], "median": lines[len(lines) // 2], "worst": lines[-1]}
+    parts = []
+    for title, line in shown.items():
+        number = line["clip"]
+        clip = read_clip(videos[number], line["source"]["first_frame"], args)
+        if isinstance(clip, str):
+            continue
+        start, truth, end = split_clip(to_float(clip[None]).to(evaluator.device), args.endpoint_context)
+        faded = cross_fade(start, end, truth.shape[2])
+        middles = (truth, method.generate(start, end, [(number, 0)]), faded)
+        wholes = [to_uint8(join_clip(start, middle, end))[0] for middle in middles]
+        frames = side_by_side(wholes, observed_frames(args.num_frames, args.endpoint_context))
+        decibel = line["methods"][method.name]["samples"][0].get("psnr")
+        quality = "" if decibel is None else f", {decibel:.2f} dB"
+        caption = f"{title}: {line['source']['name']}{quality} - truth, {method.name}, cross-fade (orange = given)"
+        parts.append(report.animation(frames, caption, FPS))
+    return "\n".join(parts)
+
+
+def trade_off(rows: Sequence[Row]) -> str | None:
+    """PSNR against network forwards, a curve per sampler and guidance, where several numbers of steps were run."""
+    ours: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.nfe and "psnr" in row.scores and not row.samples.startswith(("best", "mean image")):
+            name, _, rest = row.method.removeprefix("ours, ").partition(" ")
+            ours.setdefault(f"{name},{rest.partition(',')[2]}", []).append((row.nfe, row.scores["psnr"].mean))
+    if max(map(len, ours.values()), default=0) < 2:
+        return None
+    lines = {name: tuple(zip(*sorted(points), strict=True)) for name, points in ours.items()}
+    return report.line_plot(lines, "network forwards per sample", "PSNR of the middle, dB", log_x=True)
+
+
+def write_report(
+    args: argparse.Namespace,
+    checkpoint: dict[str, Any] | None,
+    settings: dict[str, Any],
+    evaluator: Evaluator,
+    videos: Sequence[Video],
+    results: PerClipResults,
+) -> None:
+    """Print the table and write table.md, metrics.json and report.html.
+
+    Raises: ValueError: if no clip could be read.
+    """
+    out_dir = results.path.parent
+    lines = results.scored()
+    if not lines:
+        raise ValueError(f"--data_root {args.data_root}: no clip could be read: {'; '.join(results.failures())}")
+    features = results.features if "fvd" in args.metrics else None
+    rows = [row for method in evaluator.methods for row in summarise(lines, method.name, features)]
+    positions = {}
+    if "psnr" in args.metrics:
+        positions = {method.name: error_by_position(lines, method.name) for method in evaluator.methods}
+
+    title = (
+        f"{len(lines)} clips of {args.num_frames} frames ({args.endpoint_context} + {args.endpoint_context} given), "
+        f"{args.size}x{args.size} {args.color_mode}, protocol {args.protocol}"
+    )
+    cells = report.table_cells(rows)
+    meanings = rules(args.protocol, {name for row in rows for name in row.scores})
+    text = [title, "", report.markdown(cells), "", *(f"- {line}" for line in meanings)]
+    differences = []
+    if args.protocol == "mcvd":
+        trained = checkpoint["clip_config"]["num_frames"] if checkpoint else None
+        differences = differences_from_mcvd(settings, len(lines), trained)
+        text += ["", report.markdown(report.published_cells()), "", "What still differs from the published rows:", ""]
+        text += [f"- {line}" for line in differences]
+    if results.failures():
+        text += ["", f"Left out, unreadable: {', '.join(results.failures())}"]
+    print("\n".join(["", *text, ""]))
+    with replacing(out_dir / "table.md") as file:
+        file.write("\n".join([*text, ""]).encode())
+
+    machine = describe_machine(evaluator.device)
+    fingerprint = hashlib.sha256(json.dumps([line["source"] for line in lines]).encode()).hexdigest()
+    save_json(
+        out_dir / "metrics.json",
+        {
+            "title": title, "settings": settings, "batch_size": args.batch_size, "clips": len(lines),
+            "failures": results.failures(), "data_fingerprint": fingerprint, **machine,
+            "rows": [as_json(row, positions.get(row.method)) for row in rows], "rules": meanings,
+            "published": [row._asdict() for row in PUBLISHED] if differences else [], "differences": differences,
+        },
+    )  # fmt: skip
+
+    sections = [("Scores", report.html_table(cells) + report.bullet_list(meanings))]
+    if differences:
+        published = report.html_table(report.published_cells())
+        sections.append(("Published", published + report.bullet_list(differences)))
+    sections.append(("Clips", animations(evaluator, videos, results, args)))
+    plot = trade_off(rows)
+    if plot:
+        sections.append(("Quality against work", plot))
+        with replacing(out_dir / "quality_against_work.svg") as file:
+            file.write(plot.encode())
+    if positions:
+        frames = [args.endpoint_context + i for i in range(len(next(iter(positions.values()))))]
+        table = [["PSNR of frame, dB", *map(str, frames)]]
+        table += [[name, *(f"{value:.2f}" for value in values)] for name, values in positions.items()]
+        drawn = report.line_plot({name: (frames, values) for name, values in positions.items()}, "frame", "PSNR, dB")
+        sections.append(("Error per frame position", report.html_table(table) + (drawn or "")))
+    if checkpoint is not None:
+        sections.append(("Training", curves(checkpoint)))
+    sections.append(("Settings", report.settings_list(settings | machine | {"data_fingerprint": fingerprint})))
+    with replacing(out_dir / "report.html") as file:
+        file.write(report.page(title, sections).encode())
+    print(f"{out_dir / 'report.html'}, {out_dir / 'table.md'}, {out_dir / 'metrics.json'}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """From flags to the report.
+
+    Raises: ValueError or OSError: for what the user can mend.
+    """
+    checkpoint = load_checkpoint(args.ckpt) if args.ckpt else None
+    settle(args, checkpoint)
+    drop_what_is_missing(args)
+    device = resolve_device(args.device)
+    videos = choose_videos(args, checkpoint)
+    i3d = I3D(args.fvd_weights, device) if "fvd" in args.metrics else None
+
+    unrelated = ("device", "out_dir", "overwrite", "cache_dir", "batch_size", "num_videos")  # to what is scored
+    settings = {name: value for name, value in vars(args).items() if name not in unrelated}
+    if checkpoint is not None:
+        settings |= {"checkpoint_sha256": file_sha256(args.ckpt), "checkpoint_step": checkpoint["step"]}
+    if i3d is not None:
+        settings["fvd_weights_sha256"] = file_sha256(args.fvd_weights)
+    if "lpips" in args.metrics:
+        settings["lpips_backbone"] = f"{alexnet_path().name} {file_sha256(alexnet_path())}"
+    clips = [identify(video, i, args) for i, video in enumerate(videos)]
+    results = PerClipResults(Path(args.out_dir), settings, clips, args.overwrite)
+
+    methods = model_methods(args, checkpoint, device) if checkpoint else []
+    methods += baseline_methods(args, device)
+    scorer = Scorer(args.metrics, args.protocol == "mcvd", device)
+    evaluator = Evaluator(methods, scorer, i3d, args.batch_size, args.endpoint_context, device)
+    score_all(evaluator, videos, results, args)
+    write_report(args, checkpoint, settings, evaluator, videos, results)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 2 wrong input, 130 stopped (the same command goes on)."""
+    parser = build_parser()
+    try:
+        evaluate(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on where it was\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Scores of generated middle frames against the true ones, and of samples against each other.
+
+Only generated frames are scored. Frames are compared as the 8-bit pictures that a viewer gets, but for the PSNR of the
+published protocol, which is taken before rounding.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from utils.video_utils import PSNR_CEILING, frame_psnr, join_clip, to_float, to_gray, to_uint8
+
+METRICS = ("psnr", "ssim", "lpips", "temporal", "diversity", "fvd")
+LOWER_IS_BETTER = {"lpips", "temporal_l1", "fvd"}
+SSIM_WINDOW = 11  # pixels: a Gaussian of deviation 1.5 cut at 3.5 deviations, as scikit-image's
+LPIPS_SIZE = 128  # pixels, as MCVD's code; AlexNet needs more than small frames have
+ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+ALEXNET_SHA256 = "7be5be79"  # its first digits, which torchvision puts into the name
+
+
+def alexnet_path() -> Path:
+    """Where torchvision looks for the backbone of LPIPS before it would download it."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_URL.rsplit("/", 1)[1]
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def missing_for(metric: str, size: int) -> str | None:
+    """One line that says why a metric is left out and what would bring it; None where it can be computed."""
+    if metric in ("ssim", "lpips") and find_spec("torchmetrics") is None:
+        return f"{metric} is left out: it needs pip install torchmetrics"
+    if metric == "ssim" and size < SSIM_WINDOW:
+        return f"ssim is left out: its window needs frames of {SSIM_WINDOW} pixels (got --size {size})"
+    if metric == "lpips":
+        path = alexnet_path()
+        if not path.is_file():
+            return f"lpips is left out: it needs {ALEXNET_URL} as {path}"
+        if not file_sha256(path).startswith(ALEXNET_SHA256):
+            return f"lpips is left out: {path} is damaged (its sha256 must begin with {ALEXNET_SHA256})"
+    return None
+
+
+def clip_psnr(frames: Tensor, truth: Tensor) -> Tensor:
+    """The dB of each clip's mean squared error, of frames as they are, not rounded: [B,C,T,H,W] in [-1, 1] to [B].
+
+    Errors of single frames are averaged before the logarithm, which gives less than the mean of their dB. No error at
+    all counts as 100 dB.
+    """
+    mse = (frames.double() - truth.double()).square().mean(dim=(1, 2, 3, 4)) / 4  # of a range of 1
+    return (-10 * torch.log10(mse)).clamp(max=PSNR_CEILING)
+
+
+def ssim(frames: Tensor, truth: Tensor, gray: bool) -> Tensor:
+    """Structural similarity of each clip, [B] float64: the mean over frames, channels and pixels.
+
+    Args:
+        frames: [B,C,T,H,W] in [-1, 1]; at least 11 pixels wide and high.
+        truth: the same shape.
+        gray: compare luma instead of the mean over colour channels.
+
+    Source: Wang et al. 2004, with scikit-image's settings for it: Gaussian weights of deviation 1.5, biased
+    covariances, 8-bit values, borders left out.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    b = len(frames)
+    pictures = [to_uint8(clip).transpose(1, 2).flatten(0, 1) for clip in (frames, truth)]  # [B*T,C,H,W]
+    if gray and frames.shape[1] == 3:
+        pictures = [to_gray(picture) for picture in pictures]
+    _, similarity = structural_similarity_index_measure(
+        *(picture.double() for picture in pictures), gaussian_kernel=True, sigma=1.5, data_range=255.0,
+        reduction="none", return_full_image=True,
+    )  # fmt: skip
+    edge = SSIM_WINDOW // 2  # where the window would reach over the border, which torchmetrics pads
+    return similarity[..., edge:-edge, edge:-edge].reshape(b, -1).mean(1)
+
+
+def temporal_error(middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> Tensor:
+    """How wrongly pixels change from frame to frame: mean |difference - true difference|, [B] in units of the range.
+
+    The steps from the last observed start frame and to the first observed end frame count too: a clip that jumps where
+    its generated part begins has an error there.
+    """
+
+    def changes(frames: Tensor) -> Tensor:
+        return to_uint8(join_clip(start_context[:, :, -1:], frames, end_context[:, :, :1])).double().diff(dim=2)
+
+    return (changes(middle) - changes(truth)).abs().mean(dim=(1, 2, 3, 4)) / 255
+
+
+def diversity(samples: Tensor) -> float:
+    """Mean absolute difference between pairs of samples [N,C,M,H,W] in [-1, 1], in units of the range; 0 for one."""
+    n = len(samples)
+    if n < 2:
+        return 0.0
+    # of sorted values, the sum over all pairs counts the i-th (2i - n + 1) times
+    ordered = (to_uint8(samples).double() / 255).sort(dim=0).values
+    weight = 2 * torch.arange(n, device=samples.device).double() - n + 1
+    pairs = n * (n - 1) / 2
+    return ((ordered * weight.view(-1, 1, 1, 1, 1)).sum(0).mean() / pairs).item()
+
+
+class Lpips:
+    """Learned perceptual distance, AlexNet v0.1 at 128 pixels, through torchmetrics; lower is better.
+
+    Source: Zhang et al. 2018, arXiv:1801.03924. The linear heads ship with torchmetrics, the backbone's weights lie
+    where torchvision keeps them (see `missing_for`).
+    """
+
+    def __init__(self, device: torch.device):
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        self.network = LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device)
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor, truth: Tensor) -> Tensor:
+        """The mean over each clip's frames, [B]; frames [B,C,T,H,W] in [-1, 1]."""
+        b, t = frames.shape[0], frames.shape[2]
+        pair = []
+        for clip in (frames, truth):
+            pictures = to_uint8(clip).transpose(1, 2).flatten(0, 1).expand(-1, 3, -1, -1)  # [B*T,3,H,W]
+            pair.append(to_float(transforms.resize(pictures, [LPIPS_SIZE, LPIPS_SIZE], antialias=True)))
+        return self.network(*pair).view(b, t).mean(1)
+
+
+class Scorer:
+    """All per-clip scores asked for.
+
+    Args:
+        metrics: of METRICS; those of single clips are used here.
+        published: score as the published protocol does: PSNR before rounding to 8 bits, SSIM on luma.
+        device: where LPIPS runs.
+    """
+
+    def __init__(self, metrics: Sequence[str], published: bool, device: torch.device):
+        self.metrics = set(metrics)
+        self.published = published
+        self.lpips = Lpips(device) if "lpips" in self.metrics else None
+
+    def __call__(self, middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> list[dict]:
+        """A dict of scores per clip: psnr, psnr_clip, psnr_frames (a list), ssim, lpips, temporal_l1.
+
+        Args:
+            middle: generated, [B,C,M,H,W] in [-1, 1].
+            truth: the same shape.
+            start_context: [B,C,K,H,W].
+            end_context: [B,C,K,H,W].
+        """
+        columns: dict[str, Tensor] = {}
+        if "psnr" in self.metrics:
+            frames = frame_psnr(middle, truth)
+            rounded = middle if self.published else to_float(to_uint8(middle))
+            columns |= {"psnr": frames.mean(1), "psnr_clip": clip_psnr(rounded, truth), "psnr_frames": frames}
+        if "ssim" in self.metrics:
+            columns["ssim"] = ssim(middle, truth, gray=self.published)
+        if self.lpips is not None:
+            columns["lpips"] = self.lpips(middle, truth)
+        if "temporal" in self.metrics:
+            columns["temporal_l1"] = temporal_error(middle, truth, start_context, end_context)
+        return [{name: values[i].tolist() for name, values in columns.items()} for i in range(len(middle))]

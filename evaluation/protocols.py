@@ -1,0 +1,75 @@
+"""How a table was taken, item by item: the native protocol, and the published one with its published rows."""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+PROTOCOLS = ("native", "mcvd")
+
+
+class PublishedRow(NamedTuple):
+    """A printed result on BAIR: frames given -> generated, best of so many samples, PSNR in dB, SSIM."""
+
+    method: str
+    frames: str
+    best_of: int
+    psnr: float
+    ssim: float
+
+
+# The interpolation table of MCVD (Voleti et al. 2022, arXiv:2205.09853), BAIR 64x64.
+PUBLISHED = (
+    PublishedRow("SVG-LP", "18 -> 7", 100, 18.648, 0.846),
+    PublishedRow("SDVI", "16 -> 7", 100, 19.694, 0.852),
+    PublishedRow("FSTN", "18 -> 7", 100, 19.908, 0.850),
+    PublishedRow("SDVI full", "18 -> 7", 100, 21.432, 0.880),
+    PublishedRow("SepConv", "18 -> 7", 100, 21.615, 0.877),
+    PublishedRow("MCVD", "4 -> 5", 10, 23.408, 0.914),
+    PublishedRow("MCVD", "4 -> 5", 100, 25.162, 0.932),
+)
+MCVD = {"num_frames": 9, "endpoint_context": 2, "frame_stride": 1, "size": 64, "color_mode": "rgb", "num_videos": 256}
+
+NATIVE_RULES = {
+    "psnr": "PSNR: mean over frames of each frame's dB on 8-bit values",
+    "psnr_clip": "PSNR (clip): dB of the error averaged over the clip's frames, on 8-bit values",
+    "ssim": "SSIM: 8-bit values, Gaussian weights of deviation 1.5, mean over colour channels, borders left out",
+    "lpips": "LPIPS: AlexNet v0.1, frames resized to 128 pixels",
+    "temporal_l1": "temporal error: mean |frame difference - true one|, observed neighbours included, of a range of 1",
+    "diversity": "diversity: mean |difference| between pairs of samples, of a range of 1",
+    "fvd": "FVD: whole clips (observed frames included), I3D logits, frames at 224 pixels, mean over samples",
+}
+MCVD_RULES = NATIVE_RULES | {
+    "psnr_clip": "PSNR (clip), the published one: dB of the error averaged over the clip, before rounding to 8 bits",
+    "ssim": "SSIM: 8-bit luma, Gaussian weights of deviation 1.5, borders left out",
+}
+
+
+def rules(protocol: str, scores: Collection[str]) -> list[str]:
+    """What the columns of a table with these scores mean."""
+    meanings = MCVD_RULES if protocol == "mcvd" else NATIVE_RULES
+    lines = [meaning for name, meaning in meanings.items() if name in scores]
+    return [*lines, "only generated frames are scored; [low, high]: 95 % bootstrap interval over clips"]
+
+
+def differences_from_mcvd(settings: dict[str, Any], clips: int, trained_frames: int | None) -> list[str]:
+    """What still differs from how the published rows were taken, so that nobody has to guess.
+
+    Args:
+        settings: of this evaluation; the names of `MCVD`, num_samples, window and data_root.
+        clips: that were scored.
+        trained_frames: T in training; None without a model.
+    """
+    wanted = MCVD | {"num_videos": clips}
+    found = [f"{name} is {settings[name]}, not {value}" for name, value in wanted.items() if settings[name] != value]
+    if clips != MCVD["num_videos"]:
+        found.append(f"{clips} clips, not the 256 of BAIR's test set")
+    found.append(f"the clips are those of {settings['data_root']}; the published ones are BAIR's test set, raw frames")
+    if settings["num_samples"] not in (10, 100):
+        found.append(f"{settings['num_samples']} samples per clip, where the published rows take 10 and 100")
+    if settings["window"] != "random":
+        found.append(f"windows are {settings['window']}, not random")
+    else:
+        found.append("each clip's random window is of our own seed; MCVD's are not recorded")
+    if trained_frames not in (None, MCVD["num_frames"]):
+        found.append(f"the model was trained on clips of {trained_frames} frames, not 9")
+    found.append("8-bit values are rounded; MCVD's conversion to pictures truncates them (SSIM and LPIPS)")
+    return found

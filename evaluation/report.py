@@ -1,0 +1,121 @@
+"""What a reader gets: the table as Markdown and one self-contained page with pictures."""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from evaluation.protocols import PUBLISHED
+from evaluation.results import Estimate, Row
+from utils.io import animated_png
+
+COLUMNS = {  # score -> (title, decimals)
+    "psnr": ("PSNR, dB", 2),
+    "psnr_clip": ("PSNR (clip), dB", 2),
+    "ssim": ("SSIM", 4),
+    "lpips": ("LPIPS", 4),
+    "temporal_l1": ("temporal error", 5),
+    "diversity": ("diversity", 4),
+    "fvd": ("FVD", 1),
+}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 95rem; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .7rem; text-align: right; }
+th { border-bottom: 2px solid #444; } td { border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+.wide { overflow-x: auto; } figure { margin: 1.5rem 0; } figcaption, li, details { color: #555; }
+img { width: 38rem; max-width: 100%; image-rendering: pixelated; } svg { max-width: 100%; height: auto; }
+"""
+
+
+def show(value: Estimate | None, decimals: int) -> str:
+    """A mean with its interval, if it has one."""
+    if value is None:
+        return ""
+    if math.isnan(value.low):
+        return f"{value.mean:.{decimals}f}"
+    return f"{value.mean:.{decimals}f} [{value.low:.{decimals}f}, {value.high:.{decimals}f}]"
+
+
+def table_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The table as text, its titles first; columns that no row has are left out."""
+    used = [name for name in COLUMNS if any(name in row.scores for row in rows)]
+    titles = ["method", "samples", *(COLUMNS[name][0] for name in used), "forwards", "s / sample"]
+    cells = [titles]
+    for row in rows:
+        scores = (show(row.scores.get(name), COLUMNS[name][1]) for name in used)
+        cells.append([row.method, row.samples, *scores, str(row.nfe), f"{row.seconds:.3g}"])
+    return cells
+
+
+def published_cells() -> list[list[str]]:
+    """The published rows as text, their titles first."""
+    rows = [[row.method, row.frames, str(row.best_of), f"{row.psnr:.3f}", f"{row.ssim:.3f}"] for row in PUBLISHED]
+    return [["published, BAIR", "frames", "best of", "PSNR (clip), dB", "SSIM"], *rows]
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads in a terminal."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def html_table(cells: Sequence[Sequence[str]]) -> str:
+    """The same table for the page."""
+    head, *body = ["".join(f"<td>{html.escape(text)}</td>" for text in line) for line in cells]
+    rows = "\n".join(f"<tr>{line}</tr>" for line in body)
+    return f'<div class="wide"><table><tr>{head.replace("td>", "th>")}</tr>\n{rows}</table></div>'
+
+
+def line_plot(
+    curves: dict[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, log_x: bool = False
+) -> str | None:
+    """Named (x, y) curves as an SVG element; None where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        return None
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, "o-", label=name, markersize=4)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
+    axes.legend(fontsize="small")
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
+    """The whole page of (heading, HTML) sections; it loads nothing."""
+    body = "\n".join(f"<h2>{html.escape(heading)}</h2>\n{content}" for heading, content in sections)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def bullet_list(lines: Sequence[str]) -> str:
+    """Lines as an HTML list."""
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def settings_list(settings: dict[str, Any]) -> str:
+    """Every setting, folded away."""
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
+    return f"<details><summary>all settings</summary><table>{rows}</table></details>"
+
+
+def animation(frames: Tensor, caption: str, fps: float) -> str:
+    """Frames uint8 [3,T,H,W] as a looping picture inside the page, with its caption."""
+    data = base64.b64encode(animated_png(frames, fps)).decode()
+    picture = f'<img alt="" src="data:image/png;base64,{data}">'
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"

@@ -1,0 +1,170 @@
+"""Scores per clip as they come, kept on disk so that a stopped evaluation goes on, and what they say together."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evaluation.fvd import feature_distance
+from evaluation.metrics import LOWER_IS_BETTER
+
+SCORES = ("psnr", "psnr_clip", "ssim", "lpips", "temporal_l1")  # numbers that a single sample of a clip has
+RESAMPLES = 2000  # of the bootstrap; the ends of an interval then vary by a few percent of its width
+CONFIDENCE = 0.95
+
+
+class PerClipResults:
+    """The file per_clip.jsonl: a line of settings, then a line per clip, and features/ with what FVD needs.
+
+    Lines are written a batch at a time, and a batch of which any line is missing is evaluated again: whatever moment
+    a run was stopped at, the clips that are done are those of an undisturbed run, bit for bit.
+
+    Args:
+        out_dir: the folder; made if need be.
+        settings: everything that changes a score.
+        clips: what identifies each clip (name, sha256, frames used); lines of other clips are not used.
+        overwrite: begin anew, whatever is there.
+
+    Raises: ValueError: if the folder holds results of other settings, or cannot be written.
+    """
+
+    def __init__(self, out_dir: Path, settings: dict[str, Any], clips: Sequence[dict[str, Any]], overwrite: bool):
+        self.path = out_dir / "per_clip.jsonl"
+        self.features = out_dir / "features"
+        self.clips = list(clips)
+        settings = json.loads(json.dumps(settings))
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            lines = read_lines(self.path) if not overwrite else []
+            if lines and lines[0].get("settings") != settings:
+                before = lines[0].get("settings") or {}
+                name = next((key for key in settings if before.get(key) != settings[key]), "settings")
+                raise ValueError(
+                    f"--out_dir {out_dir} holds an evaluation with {name} = {before.get(name)} (now "
+                    f"{settings.get(name)}); choose another folder or pass --overwrite"
+                )
+            self.lines = {
+                line["clip"]: line
+                for line in lines[1:]
+                if line.get("clip", -1) in range(len(clips)) and line.get("source") == clips[line["clip"]]
+            }
+            kept = [{"settings": settings}, *self.lines.values()]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        except OSError as error:
+            raise ValueError(f"--out_dir {out_dir}: cannot be used ({error.strerror})") from error
+
+    def has(self, numbers: Iterable[int]) -> bool:
+        """Whether all of these clips are done."""
+        return all(number in self.lines for number in numbers)
+
+    def add(self, lines: Sequence[dict[str, Any]], features: dict[int, dict[str, np.ndarray]]) -> None:
+        """Write a batch: its FVD features first, by clip and method, then its lines in one go."""
+        for number, arrays in features.items():
+            self.features.mkdir(exist_ok=True)
+            np.savez(self.features / f"{number:05d}.npz", **arrays)
+        lines = [line | {"source": self.clips[line["clip"]]} for line in lines]
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self.lines |= {line["clip"]: line for line in lines}
+
+    def scored(self) -> list[dict[str, Any]]:
+        """The lines of all clips that could be read, in order."""
+        return [self.lines[number] for number in sorted(self.lines) if "failure" not in self.lines[number]]
+
+    def failures(self) -> list[str]:
+        """Clips that could not be read, with the reason."""
+        lines = (self.lines[number] for number in sorted(self.lines))
+        return [f"{line['source']['name']} ({line['failure']})" for line in lines if "failure" in line]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file, up to the first that was cut short; none if there is no file."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Estimate(NamedTuple):
+    """A mean over clips and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and percentile-bootstrap interval over clips, always from the same resamples.
+
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
+    """
+    values = np.asarray(values, np.float64)
+    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(values[chosen].mean(axis=1), [tail, 100 - tail])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+class Row(NamedTuple):
+    """One line of the table: a method, which of its samples count, and its scores over the clips."""
+
+    method: str
+    samples: str
+    scores: dict[str, Estimate]
+    nfe: int
+    seconds: float
+
+
+def summarise(lines: Sequence[dict[str, Any]], method: str, features: Path | None) -> list[Row]:
+    """The rows of one method.
+
+    A single sample has one row. Of N there are the mean over all samples, the score of their mean image, and the best
+    of 10 and of N per clip and metric, which flatters a method the more the larger N is, so it never stands alone.
+
+    Args:
+        lines: the scored clips.
+        method: as named in the lines.
+        features: folder of FVD features; None = no FVD.
+    """
+    found = [line["methods"][method] for line in lines]
+    nfe, seconds = found[0]["nfe"], float(np.mean([entry["seconds"] for entry in found]))
+    names = [name for name in SCORES if name in found[0]["samples"][0]]
+    table = {name: np.array([[s[name] for s in entry["samples"]] for entry in found]) for name in names}  # [clips,N]
+    n = len(found[0]["samples"])
+
+    mean = {name: estimate(values.mean(axis=1)) for name, values in table.items()}
+    if n > 1 and "diversity" in found[0]:
+        mean["diversity"] = estimate([entry["diversity"] for entry in found])
+    if features is not None:
+        distance = video_distance(features, [line["clip"] for line in lines], method)
+        mean["fvd"] = Estimate(distance, float("nan"), float("nan"))
+    if n == 1:
+        return [Row(method, "1", mean, nfe, seconds)]
+    image = {name: estimate([entry["mean_image"][name] for entry in found]) for name in names}
+    rows = [Row(method, f"mean of {n}", mean, nfe, seconds), Row(method, f"mean image of {n}", image, nfe, seconds)]
+    for count in sorted({min(10, n), n}):
+        best = {
+            name: estimate((values[:, :count].min if name in LOWER_IS_BETTER else values[:, :count].max)(axis=1))
+            for name, values in table.items()
+        }
+        rows.append(Row(method, f"best of {count}", best, nfe, seconds))
+    return rows
+
+
+def video_distance(features: Path, clips: Sequence[int], method: str) -> float:
+    """FVD of whole clips: the mean over samples of each sample's distance from the truth, as MCVD averages."""
+    stored = [np.load(features / f"{clip:05d}.npz") for clip in clips]
+    truth = np.stack([arrays["truth"] for arrays in stored])  # [clips,D]
+    generated = np.stack([arrays[method] for arrays in stored])  # [clips,N,D]
+    return float(np.mean([feature_distance(generated[:, n], truth) for n in range(generated.shape[1])]))
+
+
+def error_by_position(lines: Sequence[dict[str, Any]], method: str) -> list[float]:
+    """Mean PSNR in dB of each middle frame, in time order."""
+    frames = [sample["psnr_frames"] for line in lines for sample in line["methods"][method]["samples"]]
+    return np.mean(frames, axis=0).tolist()
