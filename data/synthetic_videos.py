@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 SIZE, FRAMES, FPS = 64, 30, 10
 TRAIN_CLIPS, VAL_CLIPS = 240, 24
-RENDER_VERSION = 1  # part of the folder's name: change it whenever the pictures change
+RENDER_VERSION = 2  # part of the folder's name: change it whenever the pictures change
 GRIPPER_RADIUS = 0.13  # in units of the picture's width, as are all lengths here
 SUBSTEPS = 4
 PALETTE = np.array(
