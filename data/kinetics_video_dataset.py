@@ -22,7 +22,7 @@ from data.synthetic_videos import make_synthetic_videos
 from data.video_reader import DECODE_ERRORS, VideoInfo, probe_video, read_frames
 from utils.video_utils import resize_and_crop, to_gray
 
-SPLIT_FOLDERS = (("videos_train", "videos_val"), ("train", "val"))
+SPLIT_FOLDERS = (("videos_train", "videos_val"), ("train", "val"), ("train", "test"))
 INDEX_VERSION = 1
 NAMED_IN_REPORT = 20  # how many bad files of a kind a report names
 MAX_ATTEMPTS = 8  # files tried for one clip before giving up
@@ -179,8 +179,8 @@ def prepare_videos(
 ) -> tuple[list[Video], list[Video]]:
     """The usable files of the training and the validation split, both non-empty.
 
-    Folders videos_train/ and videos_val/ (or train/ and val/) under the root are the splits; otherwise each file goes
-    by the hash of (seed, relative path), so that adding files moves none across.
+    Folders videos_train/ and videos_val/ (or train/ and val/, or train/ and test/) under the root are the splits;
+    otherwise each file goes by the hash of (seed, relative path), so that adding files moves none across.
 
     Args:
         data_root: folder of MP4 files.
@@ -319,11 +319,16 @@ def fill_empty_side(sides: list[list[Video]], seed: int, assigned: dict[str, str
         assigned[train[0].name] = "train"
 
 
+def printable(name: str) -> str:
+    """A file's name as a terminal can show it, whatever bytes it has."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def report(videos: Sequence[Video], span: int) -> list[str]:
     """The index's findings: a line of counts, then one for each kind of trouble with the first names and reasons."""
 
     def named(video: Video, reason: str) -> str:
-        return f"{os.fsencode(video.name).decode(errors='backslashreplace')} ({reason})"
+        return f"{printable(video.name)} ({reason})"
 
     unreadable = [named(v, v.reason) for v in videos if not v.info]
     short = [named(v, f"{v.info.frames} frames") for v in videos if v.info and v.info.frames < span]

@@ -69,7 +69,9 @@ def animated_png(frames: Tensor, fps: float) -> bytes:
     return file.getvalue()
 
 
-def save_mp4(path: str | Path, clip: Tensor, fps: int, crf: int = 12, preset: str = "veryfast") -> None:
+def save_mp4(
+    path: str | Path, clip: Tensor, fps: int, crf: int = 12, preset: str = "veryfast", lossless: bool = False
+) -> None:
     """Write a uint8 clip [C,T,H,W] as H.264; a preview for eyes, since its colours are subsampled where sizes are even.
 
     Args:
@@ -78,14 +80,17 @@ def save_mp4(path: str | Path, clip: Tensor, fps: int, crf: int = 12, preset: st
         fps: frames per second.
         crf: x264's constant rate factor, 0 (best) .. 51.
         preset: x264's, from "ultrafast" to "placebo": slower ones lose less at the same size.
+        lossless: keep every bit, in RGB; larger, and not every player shows it.
     """
     frames = frames_last(clip)
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps)
+        stream = container.add_stream("libx264rgb" if lossless else "libx264", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv444p" if frames.shape[1] % 2 or frames.shape[2] % 2 else "yuv420p"
+        odd = frames.shape[1] % 2 or frames.shape[2] % 2
+        stream.pix_fmt = "rgb24" if lossless else "yuv444p" if odd else "yuv420p"
+        quality = {"qp": "0"} if lossless else {"crf": str(crf)}
         # x264's macroblock tree reads past the rows of frames as narrow as ours: the same clip then gives other bytes
-        stream.options = {"crf": str(crf), "preset": preset, "threads": "1", "mbtree": "0"}
+        stream.options = quality | {"preset": preset, "threads": "1", "mbtree": "0"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))

@@ -1,0 +1,175 @@
+"""The BAIR converter on records that the tests write in the published layout, whole and damaged."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from data import bair_to_mp4
+from data.bair_to_mp4 import bytes_features, crc32c, main, masked_crc32c
+from data.kinetics_video_dataset import prepare_videos
+from data.video_reader import probe_video, read_frames
+
+
+def varint(value):
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def delimited(number, payload):
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
+
+
+def example(features):
+    """A tf.train.Example of bytes features, with a float feature among them as the original has."""
+    entries = {name: delimited(1, delimited(1, value)) for name, value in features.items()}
+    entries["0/action"] = delimited(2, delimited(1, struct.pack("<4f", 0, 1, 2, 3)))
+    return delimited(1, b"".join(delimited(1, delimited(1, k.encode()) + delimited(2, v)) for k, v in entries.items()))
+
+
+def framed(payload):
+    head = struct.pack("<Q", len(payload))
+    return head + struct.pack("<I", masked_crc32c(head)) + payload + struct.pack("<I", masked_crc32c(payload))
+
+
+def pictures(seed):
+    """30 frames [T,H,W,3] of noise: the hardest thing to keep through a video codec."""
+    return np.random.default_rng(seed).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
+
+
+def record(seed, **changes):
+    features = {f"{i}/image_aux1/encoded": frame.tobytes() for i, frame in enumerate(pictures(seed))}
+    features |= {f"{i}/image_main/encoded": frame.tobytes() for i, frame in enumerate(pictures(seed + 1000)[:2])}
+    return framed(example(features | changes))
+
+
+def write(path, *records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(records))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),  # RFC 3720, appendix B.4, and the check value of the CRC catalogue
+    [
+        (b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E), (b"", 0), (b"a", 0xC1D04330),
+    ],
+)  # fmt: skip
+def test_the_checksum_is_that_of_the_standard(data, expected):
+    assert crc32c(data) == expected
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 1023, 1024, 1025, 3000])
+def test_the_checksum_of_lanes_is_that_of_one_byte_after_another(size):
+    data = np.random.default_rng(size).bytes(size)
+    state = 0xFFFFFFFF
+    for byte in data:
+        state ^= byte
+        for _ in range(8):
+            state = state >> 1 ^ (0x82F63B78 if state & 1 else 0)
+    assert crc32c(data) == state ^ 0xFFFFFFFF
+
+
+def test_twenty_clips_convert_without_loss_and_are_found_split_and_read(tmp_path):
+    write(tmp_path / "bair/train/traj_0_to_15.tfrecords", *map(record, range(16)))
+    write(tmp_path / "bair/test/traj_16_to_19.tfrecords", *map(record, range(16, 20)))
+    out = tmp_path / "mp4"
+    assert main(["--source", str(tmp_path / "bair"), "--out_dir", str(out)]) == 0
+    train, val = prepare_videos(
+        out, span=30, val_ratio=0.1, seed=0, cache_dir=tmp_path / "cache", log=lambda line: None
+    )
+    assert [len(train), len(val)] == [16, 4]
+    assert all(video.name.startswith("videos_val/traj_16_to_19_") for video in val)
+    for video, seed in ((train[3], 3), (val[0], 16)):
+        decoded = torch.stack(list(read_frames(video.path, range(30), video.info)))  # [T,3,H,W]
+        assert torch.equal(decoded, torch.from_numpy(pictures(seed)).permute(0, 3, 1, 2))
+        assert video.info.rate == 10
+
+
+def test_damaged_records_are_named_and_skipped(tmp_path, capsys):
+    flipped = bytearray(record(1))
+    flipped[20_000] ^= 4  # one bit of a pixel
+    missing = record(2, **{"7/image_aux1/encoded": b"short"})
+    foreign = framed(b"\xff\xff\xff no protobuf")
+    cut = record(5)[:-5000]
+    source = write(tmp_path / "a.tfrecords", record(0), bytes(flipped), missing, foreign, record(4), cut)
+    assert main(["--source", str(source), "--out_dir", str(tmp_path / "mp4")]) == 0
+    out, err = capsys.readouterr()
+    assert sorted(p.name for p in (tmp_path / "mp4/videos_train").iterdir()) == ["a_0000.mp4", "a_0004.mp4"]
+    assert "2 converted, 0 there before, 4 skipped" in out
+    for number, reason in (
+        (1, "wrong checksum of its data"), (2, "7/image_aux1/encoded must be 12288 bytes"),
+        (3, "not a protobuf message"), (5, "the file is cut within this record"),
+    ):  # fmt: skip
+        assert f"record {number}: {reason}" in err
+
+
+def test_a_wrong_length_loses_the_rest_of_the_file_and_no_other(tmp_path, capsys):
+    damaged = bytearray(record(0))
+    damaged[2] ^= 1  # the length
+    write(tmp_path / "train/a.tfrecords", bytes(damaged), record(1))
+    write(tmp_path / "train/b.tfrecords", record(2))
+    assert main(["--source", str(tmp_path / "train"), "--out_dir", str(tmp_path / "mp4"), "--workers", "2"]) == 0
+    assert [p.name for p in (tmp_path / "mp4/videos_train").iterdir()] == ["b_0000.mp4"]
+    assert "record 0: wrong checksum of its length, so the rest of the file is lost" in capsys.readouterr().err
+
+
+def test_a_stopped_conversion_goes_on_and_rewrites_nothing(tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "a.tfrecords", *map(record, range(3)))
+    arguments = ["--source", str(source), "--out_dir", str(tmp_path / "mp4")]
+    whole = bair_to_mp4.save_mp4
+
+    def stopped(path, *rest, **more):
+        whole(path, *rest, **more)
+        if ".a_0001" in path.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bair_to_mp4, "save_mp4", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 130
+    folder = tmp_path / "mp4/videos_train"
+    assert [p.name for p in folder.iterdir()] == ["a_0000.mp4"]
+    before = (folder / "a_0000.mp4").stat().st_mtime_ns
+    monkeypatch.setattr(bair_to_mp4, "save_mp4", whole)
+    assert main(arguments) == 0
+    assert "2 converted, 1 there before" in capsys.readouterr().out
+    assert (folder / "a_0000.mp4").stat().st_mtime_ns == before and len(list(folder.iterdir())) == 3
+
+
+def test_a_lossy_encoder_is_noticed(tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "a.tfrecords", record(0))
+    whole = bair_to_mp4.save_mp4
+    monkeypatch.setattr(bair_to_mp4, "save_mp4", lambda path, clip, fps, lossless: whole(path, clip, fps))
+    with pytest.raises(SystemExit) as stop:
+        main(["--source", str(source), "--out_dir", str(tmp_path / "mp4")])
+    assert stop.value.code == 2 and "differs from its source" in capsys.readouterr().err
+    assert not list((tmp_path / "mp4/videos_train").iterdir())
+
+
+def test_every_feature_of_an_example_is_found():
+    assert bytes_features(example({"a": b"1", "b": b"22"})) == {"a": b"1", "b": b"22"}
+
+
+@pytest.mark.parametrize("source", ["missing", "empty"])
+def test_wrong_sources_are_one_line(tmp_path, capsys, source):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["--source", str(tmp_path / source), "--out_dir", str(tmp_path / "mp4")])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--source" in err
+
+
+def test_the_view_can_be_chosen(tmp_path):
+    both = {f"{i}/image_main/encoded": frame.tobytes() for i, frame in enumerate(pictures(5))}
+    source = write(tmp_path / "a.tfrecords", record(0, **both))
+    assert main(["--source", str(source), "--out_dir", str(tmp_path / "mp4"), "--view", "image_main"]) == 0
+    path = tmp_path / "mp4/videos_train/a_0000.mp4"
+    frame = next(read_frames(path, [0], probe_video(path)))
+    assert torch.equal(frame, torch.from_numpy(pictures(5)[0]).permute(2, 0, 1))
