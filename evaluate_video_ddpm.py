@@ -6,7 +6,6 @@ per clip as they come: the same command after a stop goes on where it was. Witho
 
 import argparse
 import hashlib
-import io
 import json
 import sys
 import time
@@ -30,7 +29,7 @@ from evaluation.baselines import BASELINES, load_baseline, missing_package
 from evaluation.fvd import I3D, MIN_FRAMES
 from evaluation.metrics import METRICS, Scorer, alexnet_path, diversity, file_sha256, missing_for
 from evaluation.protocols import MCVD, PROTOCOLS, PUBLISHED, differences_from_mcvd, rules
-from evaluation.results import PerClipResults, Row, error_by_position, summarise
+from evaluation.results import PerClipResults, error_by_position, summarise
 from models.video_unet3d import build_model
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.flags import (
@@ -46,7 +45,7 @@ from utils.flags import (
     settle_clip_flags,
 )
 from utils.io import observed_frames, replacing, save_json, save_mp4, side_by_side
-from utils.records import describe_machine, save_training_curves
+from utils.records import describe_machine
 from utils.video_utils import cross_fade, join_clip, split_clip, to_float, to_uint8
 
 WITHOUT_CHECKPOINT = {"num_frames": 8, "endpoint_context": 2, "frame_stride": 1, "size": 64, "color_mode": "rgb"}
@@ -373,25 +372,6 @@ def score_all(evaluator: Evaluator, videos: Sequence[Video], results: PerClipRes
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def as_json(row: Row, positions: list[float] | None) -> dict[str, Any]:
-    """A row for metrics.json; FVD has no interval."""
-    scores = {name: [None if v != v else v for v in value] for name, value in row.scores.items()}
-    return row._asdict() | {
-        "scores": {name: dict(zip(("mean", "low", "high"), value, strict=True)) for name, value in scores.items()},
-        "psnr_by_position": positions,
-    }
-
-
-def curves(checkpoint: dict[str, Any]) -> str:
-    """The curves of training as a picture for the page, or what would bring them."""
-    svg = io.BytesIO()
-    if not checkpoint["history"]["train"]:
-        return "<p>The checkpoint holds no history.</p>"
-    if not save_training_curves(svg, checkpoint["history"], "svg"):
-        return "<p>Curves need matplotlib: pip install matplotlib</p>"
-    return svg.getvalue().decode()
-
-
 def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipResults, args: argparse.Namespace) -> str:
     """The best, median and worst clip of the first method: truth, the method's first sample, and the cross-fade."""
     method = evaluator.methods[0]
@@ -415,19 +395,6 @@ def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipRe
         caption = f"{title}: {line['source']['name']}{quality} - truth, {method.name}, cross-fade (orange = given)"
         parts.append(report.animation(frames, caption, FPS))
     return "\n".join(parts)
-
-
-def trade_off(rows: Sequence[Row]) -> str | None:
-    """PSNR against network forwards, a curve per sampler and guidance, where several numbers of steps were run."""
-    ours: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if row.nfe and "psnr" in row.scores and not row.samples.startswith(("best", "mean image")):
-            name, _, rest = row.method.removeprefix("ours, ").partition(" ")
-            ours.setdefault(f"{name},{rest.partition(',')[2]}", []).append((row.nfe, row.scores["psnr"].mean))
-    if max(map(len, ours.values()), default=0) < 2:
-        return None
-    lines = {name: tuple(zip(*sorted(points), strict=True)) for name, points in ours.items()}
-    return report.line_plot(lines, "network forwards per sample", "PSNR of the middle, dB", log_x=True)
 
 
 def write_report(
@@ -478,7 +445,7 @@ def write_report(
         {
             "title": title, "settings": settings, "batch_size": args.batch_size, "clips": len(lines),
             "failures": results.failures(), "data_fingerprint": fingerprint, **machine,
-            "rows": [as_json(row, positions.get(row.method)) for row in rows], "rules": meanings,
+            "rows": [row.as_json(positions.get(row.method)) for row in rows], "rules": meanings,
             "published": [row._asdict() for row in PUBLISHED] if differences else [], "differences": differences,
         },
     )  # fmt: skip
@@ -488,7 +455,7 @@ def write_report(
         published = report.html_table(report.published_cells())
         sections.append(("Published", published + report.bullet_list(differences)))
     sections.append(("Clips", animations(evaluator, videos, results, args)))
-    plot = trade_off(rows)
+    plot = report.quality_against_work(rows)
     if plot:
         sections.append(("Quality against work", plot))
         with replacing(out_dir / "quality_against_work.svg") as file:
@@ -500,7 +467,7 @@ def write_report(
         drawn = report.line_plot({name: (frames, values) for name, values in positions.items()}, "frame", "PSNR, dB")
         sections.append(("Error per frame position", report.html_table(table) + (drawn or "")))
     if checkpoint is not None:
-        sections.append(("Training", curves(checkpoint)))
+        sections.append(("Training", report.training_curves(checkpoint["history"])))
     sections.append(("Settings", report.settings_list(settings | machine | {"data_fingerprint": fingerprint})))
     with replacing(out_dir / "report.html") as file:
         file.write(report.page(title, sections).encode())

@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # run as a file: Python then looks beside it only
 
 from data.kinetics_video_dataset import Video, VideoIndex, find_videos, printable
 from utils.flags import Parser, nonempty_path, positive_int
+from utils.io import save_json
 
 
 def findings(videos: Sequence[Video], span: int) -> dict[str, str]:

@@ -197,6 +197,7 @@ class Scene:
     def __init__(self):
         import mujoco
 
+        mujoco.set_mju_user_warning(lambda message: None)  # a clip that diverged is noticed and drawn again
         self.mujoco = mujoco
         self.model = model = build_model()
         self.data = mujoco.MjData(model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from evaluation.protocols import PUBLISHED
 from evaluation.results import Estimate, Row
 from utils.io import animated_png
+from utils.records import save_training_curves
 
 COLUMNS = {  # score -> (title, decimals)
     "psnr": ("PSNR, dB", 2),
@@ -91,7 +92,35 @@ def line_plot(
     axes.legend(fontsize="small")
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    return svg_element(text.getvalue())
+
+
+def quality_against_work(rows: Sequence[Row]) -> str | None:
+    """PSNR against network forwards, a curve per sampler and guidance; None where no two numbers of steps were run."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.nfe and "psnr" in row.scores and not row.samples.startswith(("best", "mean image")):
+            sampler, _, rest = row.method.removeprefix("ours, ").partition(" ")  # "ddim 5 steps, guidance 1"
+            curves.setdefault(sampler + rest.partition(" steps")[2], []).append((row.nfe, row.scores["psnr"].mean))
+    if max(map(len, curves.values()), default=0) < 2:
+        return None
+    lines = {name: tuple(zip(*sorted(points), strict=True)) for name, points in curves.items()}
+    return line_plot(lines, "network forwards per sample", "PSNR of the middle, dB", log_x=True)
+
+
+def training_curves(history: dict[str, Any]) -> str:
+    """The curves of training for the page, or what would bring them."""
+    file = io.BytesIO()
+    if not history["train"]:
+        return "<p>The checkpoint holds no history.</p>"
+    if not save_training_curves(file, history, "svg"):
+        return "<p>Curves need matplotlib: pip install matplotlib</p>"
+    return svg_element(file.getvalue().decode())
+
+
+def svg_element(document: str) -> str:
+    """An SVG document without what stands before its element, for use inside a page."""
+    return document[document.index("<svg") :]
 
 
 def page(title: str, sections: Sequence[tuple[str, str]]) -> str:

@@ -1,6 +1,7 @@
 """Scores per clip as they come, kept on disk so that a stopped evaluation goes on, and what they say together."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +119,14 @@ class Row(NamedTuple):
     scores: dict[str, Estimate]
     nfe: int
     seconds: float
+
+    def as_json(self, psnr_by_position: list[float] | None) -> dict[str, Any]:
+        """The row as plain types; an interval that does not exist is null."""
+        scores = {
+            name: {end: None if math.isnan(value) else value for end, value in estimate._asdict().items()}
+            for name, estimate in self.scores.items()
+        }
+        return self._asdict() | {"scores": scores, "psnr_by_position": psnr_by_position}
 
 
 def summarise(lines: Sequence[dict[str, Any]], method: str, features: Path | None) -> list[Row]:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+import train_video_ddpm
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.io import save_mp4
 
 torch.set_num_threads(1)  # tiny tensors: threads only cost, and spin where tests run beside each other
@@ -89,3 +91,25 @@ TINY_FLAGS = [
     "--size", "16", "--base_channels", "12", "--channel_mults", "1", "2", "--res_blocks", "1",
     "--temporal_attn_levels", "1", "--batch_size", "2", "--num_workers", "0", "--vis_steps", "2", "--lr", "1e-3",
 ]  # fmt: skip
+
+
+def tiny_checkpoint(root, videos, *flags):
+    """A tiny checkpoint whose output layer is shaken awake, so that contexts and noise show in its samples."""
+    status = train_video_ddpm.main(
+        ["--data_root", str(videos), "--out_dir", str(root / "run"), "--cache_dir", str(root / "cache"),
+         "--max_steps", "2", "--vis_every", "0", *TINY_FLAGS, *flags]
+    )  # fmt: skip
+    assert status == 0
+    checkpoint = load_checkpoint(root / "run" / "last.pt")
+    generator = torch.Generator().manual_seed(0)
+    for weights in (checkpoint["model"], checkpoint["ema"]):
+        for name, value in weights.items():
+            weights[name] = value + 0.05 * torch.randn(value.shape, generator=generator)
+    save_checkpoint(root / "run" / "last.pt", checkpoint)
+    return root / "run" / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory, square_videos):
+    """A checkpoint trained on the square videos, 16x16."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), square_videos)

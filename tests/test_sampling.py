@@ -6,37 +6,14 @@ import shutil
 import imageio.v3 as iio
 import numpy as np
 import pytest
-import torch
-from conftest import TINY_FLAGS
+from conftest import tiny_checkpoint
 
 import sample_video_ddpm
-import train_video_ddpm
 from data.video_reader import probe_video
 from sample_video_ddpm import build_parser, main
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.io import read_image
 from utils.video_utils import resize_and_crop, to_gray
-
-
-def train(root, videos, *flags):
-    """A tiny checkpoint whose output layer is shaken awake, so that contexts and noise show in its samples."""
-    status = train_video_ddpm.main(
-        ["--data_root", str(videos), "--out_dir", str(root / "run"), "--cache_dir", str(root / "cache"),
-         "--max_steps", "2", "--vis_every", "0", *TINY_FLAGS, *flags]
-    )  # fmt: skip
-    assert status == 0
-    checkpoint = load_checkpoint(root / "run" / "last.pt")
-    generator = torch.Generator().manual_seed(0)
-    for weights in (checkpoint["model"], checkpoint["ema"]):
-        for name, value in weights.items():
-            weights[name] = value + 0.05 * torch.randn(value.shape, generator=generator)
-    save_checkpoint(root / "run" / "last.pt", checkpoint)
-    return root / "run" / "last.pt"
-
-
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory, square_videos):
-    return train(tmp_path_factory.mktemp("sampling"), square_videos)
 
 
 @pytest.fixture
@@ -137,7 +114,7 @@ def test_images_are_treated_as_clip_frames_are(sample, tmp_path):
 
 
 def test_gray_checkpoints_take_colour_images_as_luma(sample, pngs, square_videos, tmp_path):
-    checkpoint = train(tmp_path, square_videos, "--color_mode", "gray")
+    checkpoint = tiny_checkpoint(tmp_path, square_videos, "--color_mode", "gray")
     made = frames(sample(*ends(pngs), checkpoint=checkpoint))
     assert made[0].shape == (16, 16)
     assert np.array_equal(made[0], to_gray(read_image(pngs[0]))[0].numpy())
@@ -150,7 +127,7 @@ def test_gray_checkpoints_take_colour_images_as_luma(sample, pngs, square_videos
 
 @pytest.mark.parametrize(("k", "t"), [(1, 3), (3, 8)])
 def test_other_numbers_of_observed_and_generated_frames(sample, pngs, square_videos, tmp_path, k, t):
-    checkpoint = train(tmp_path, square_videos, "--endpoint_context", str(k), "--T", str(t))
+    checkpoint = tiny_checkpoint(tmp_path, square_videos, "--endpoint_context", str(k), "--T", str(t))
     images = [pngs[i % 4] for i in range(2 * k)]
     made = frames(sample(*ends(images), checkpoint=checkpoint, out="k"))
     assert len(made) == t

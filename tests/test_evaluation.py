@@ -1,0 +1,307 @@
+"""Evaluation as a user runs it: tables, stops and reruns, batches, protocols, wrong input."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import moving_square, tiny_checkpoint
+from test_metrics import SmallVideoNetwork
+
+import evaluate_video_ddpm
+from evaluate_video_ddpm import main
+from evaluation.results import CONFIDENCE, estimate, read_lines, summarise
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.io import save_mp4
+from utils.video_utils import cross_fade, frame_psnr, split_clip, to_float
+
+pytest.importorskip("torchmetrics", reason="SSIM is part of every table here: pip install -r requirements-dev.txt")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of 7 clips that training never saw, one shorter."""
+    root = tmp_path_factory.mktemp("unseen")
+    for i in range(7):
+        save_mp4(root / f"{i}.mp4", moving_square(100 + i, frames=12 if i != 4 else 9), fps=10)
+    return root
+
+
+@pytest.fixture
+def evaluate(tmp_path, ckpt, clips):
+    """Run the script on few steps; returns metrics.json, or None after an error."""
+
+    def run(*flags, out="out", checkpoint=ckpt, status=0):
+        argv = ["--data_root", clips, "--split", "all", "--out_dir", tmp_path / out, "--cache_dir", tmp_path / "cache"]
+        argv += ["--ckpt", checkpoint] if checkpoint else []
+        steps = () if "--steps" in flags or not checkpoint else ("--steps", 2)
+        baselines = () if "--baselines" in flags else ("--baselines", "nearest", "cross_fade")
+        try:
+            result = main(list(map(str, [*argv, *steps, *baselines, *flags])))
+        except SystemExit as stop:
+            result = stop.code
+        assert result == status
+        path = tmp_path / out / "metrics.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    return run
+
+
+def lines_of(folder):
+    """The per-clip lines without the seconds, which no two runs share."""
+    lines = read_lines(folder / "per_clip.jsonl")[1:]
+    for line in lines:
+        for entry in line["methods"].values():
+            del entry["seconds"]
+    return sorted(lines, key=lambda line: line["clip"])
+
+
+def test_a_run_leaves_table_numbers_and_a_page_that_loads_nothing(evaluate, tmp_path, capsys):
+    found = evaluate("--num_videos", 5)
+    printed = capsys.readouterr().out
+    table = (tmp_path / "out/table.md").read_text()
+    assert table in printed and "| cross-fade" in table and "| ours, ddim 2 steps, guidance 1.8" in table
+    assert found["clips"] == 5 and [row["method"] for row in found["rows"]][1:] == ["nearest", "cross-fade"]
+    for key in ("versions", "git", "device", "data_fingerprint", "rules"):
+        assert found[key]
+    assert len(found["settings"]["checkpoint_sha256"]) == 64 and found["settings"]["guidance_scale"] == [1.8]
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3  # the best, the median and the worst clip
+    assert not re.search(r'(src|href)="(?!data:|#)|@import|url\((?!#)', page) and "<script" not in page
+    for heading in ("Scores", "Clips", "Error per frame position", "Training", "Settings"):
+        assert f"<h2>{heading}</h2>" in page
+
+
+def test_the_numbers_are_those_of_decoded_frames_and_of_the_recorded_window(evaluate, clips, tmp_path):
+    found = evaluate("--window", 2, "--num_videos", 3)
+    expected = []
+    for i in range(3):
+        video = evaluate_video_ddpm.usable_videos(clips, 8, tmp_path / "cache", log=lambda line: None)[i]
+        source = evaluate_video_ddpm.DecodedFrames(16, "rgb")
+        start, middle, end = split_clip(to_float(source.read(video, range(2, 10)))[None], 2)
+        expected.append(frame_psnr(cross_fade(start, end, 4), middle).mean().item())
+    faded = next(row for row in found["rows"] if row["method"] == "cross-fade")
+    assert faded["scores"]["psnr"]["mean"] == pytest.approx(np.mean(expected), abs=1e-9)
+    assert [line["source"]["first_frame"] for line in lines_of(tmp_path / "out")] == [2, 2, 2]
+
+
+def test_a_rerun_and_another_batch_size_give_the_same_scores(evaluate, tmp_path):
+    for out, batch in (("a", 16), ("b", 16), ("c", 1), ("d", 3)):
+        evaluate("--num_samples", 2, "--batch_size", batch, out=out)
+    a, b, c, d = (lines_of(tmp_path / out) for out in "abcd")
+    assert a == b
+    for other in (c, d):
+        for line, reference in zip(other, a, strict=True):
+            for name, entry in line["methods"].items():
+                for sample, wanted in zip(entry["samples"], reference["methods"][name]["samples"], strict=True):
+                    # convolutions of another batch size round differently: now and then a pixel by one level
+                    np.testing.assert_allclose(sample["psnr_frames"], wanted["psnr_frames"], atol=1e-3)
+                    assert sample["ssim"] == pytest.approx(wanted["ssim"], abs=1e-4)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_stopped_evaluation_goes_on_to_the_same_numbers(evaluate, tmp_path, monkeypatch, capsys, cut):
+    whole = evaluate("--batch_size", 2, out="whole")
+    add, calls = evaluate_video_ddpm.PerClipResults.add, []
+
+    def killed(self, lines, features):
+        calls.append(1)
+        if len(calls) == 3:
+            if cut:  # killed while the lines of a batch were being written
+                with self.path.open("a") as file:
+                    file.write(json.dumps(lines[0] | {"source": self.clips[lines[0]["clip"]]})[:-20])
+            raise KeyboardInterrupt
+        add(self, lines, features)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_video_ddpm.PerClipResults, "add", killed)
+        evaluate("--batch_size", 2, status=130)
+    assert len(lines_of(tmp_path / "out")) == 4
+    capsys.readouterr()
+    assert rows_without_seconds(evaluate("--batch_size", 2)) == rows_without_seconds(whole)
+    assert "4 of 7 clips were scored before" in capsys.readouterr().out
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "whole")
+
+
+def rows_without_seconds(found):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in found["rows"]]
+
+
+def test_more_clips_extend_a_finished_evaluation_and_a_changed_file_is_scored_again(evaluate, clips, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in clips.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    evaluate("--data_root", copy, "--num_videos", 2, "--batch_size", 1)
+    evaluate("--data_root", copy, "--num_videos", 4, "--batch_size", 1)
+    assert "2 of 4 clips were scored before" in capsys.readouterr().out
+    before = lines_of(tmp_path / "out")
+    (copy / "1.mp4").write_bytes((clips / "5.mp4").read_bytes())
+    evaluate("--data_root", copy, "--num_videos", 4, "--batch_size", 1)
+    assert "3 of 4 clips were scored before" in capsys.readouterr().out
+    after = lines_of(tmp_path / "out")
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True, True]
+
+
+def test_other_settings_never_overwrite_results(evaluate, tmp_path, capsys):
+    evaluate()
+    kept = (tmp_path / "out/per_clip.jsonl").read_bytes()
+    evaluate("--steps", 3, status=2)
+    message = capsys.readouterr().err
+    assert "holds an evaluation with steps = [2] (now [3])" in message and message.count("error") == 1
+    assert (tmp_path / "out/per_clip.jsonl").read_bytes() == kept
+    assert evaluate("--steps", 3, "--overwrite")["settings"]["steps"] == [3]
+
+
+def test_samples_have_mean_mean_image_and_best_and_never_the_best_alone(evaluate):
+    found = evaluate("--num_samples", 12, "--num_videos", 2, "--metrics", "psnr", "diversity", "temporal")
+    ours = {row["samples"]: row["scores"] for row in found["rows"] if row["method"].startswith("ours")}
+    assert list(ours) == ["mean of 12", "mean image of 12", "best of 10", "best of 12"]
+    mean, image, ten, twelve = (scores["psnr"]["mean"] for scores in ours.values())
+    assert mean < ten <= twelve
+    assert mean < image  # of squared error the mean image has the least
+    assert ours["best of 12"]["temporal_l1"]["mean"] <= ours["mean of 12"]["temporal_l1"]["mean"]
+    assert ours["mean of 12"]["diversity"]["mean"] > 0 and "diversity" not in ours["best of 12"]
+
+
+def test_every_combination_of_sampler_steps_and_guidance_is_a_row(evaluate, tmp_path):
+    found = evaluate(
+        "--sampler", "ddim", "dpmpp_2m", "--steps", 2, 3, "--guidance_scale", 1, 2, "--num_videos", 1, "--baselines",
+        "--metrics", "psnr",
+    )  # fmt: skip
+    assert [(row["method"], row["nfe"]) for row in found["rows"]][:4] == [
+        ("ours, ddim 2 steps, guidance 1", 2), ("ours, ddim 2 steps, guidance 2", 4),
+        ("ours, ddim 3 steps, guidance 1", 3), ("ours, ddim 3 steps, guidance 2", 6),
+    ]  # fmt: skip
+    assert len(found["rows"]) == 8
+    if evaluate_video_ddpm.report.find_spec("matplotlib"):
+        assert (tmp_path / "out/quality_against_work.svg").is_file()
+
+
+def test_fvd_covers_whole_clips_and_goes_on_after_a_stop(evaluate, tmp_path, capsys):
+    weights = tmp_path / "i3d.pt"
+    torch.jit.script(SmallVideoNetwork()).save(str(weights))
+    flags = ("--fvd_weights", weights, "--metrics", "psnr", "fvd", "--T", 9, "--num_samples", 2, "--batch_size", 2)
+    found = evaluate(*flags)
+    fvd = {row["method"]: row["scores"].get("fvd") for row in found["rows"] if row["samples"] in ("1", "mean of 2")}
+    assert all(value["mean"] >= 0 and value["low"] is None for value in fvd.values()) and len(fvd) == 3
+    assert len(found["settings"]["fvd_weights_sha256"]) == 64
+    stored = [np.load(tmp_path / f"out/features/{i:05d}.npz") for i in range(7)]
+    assert stored[0]["truth"].shape == (5,) and stored[0]["truth"][2] == 9
+    again = evaluate(*flags)
+    assert rows_without_seconds(again) == rows_without_seconds(found)
+    evaluate("--fvd_weights", weights, out="short")
+    assert "fvd is left out: I3D needs clips of 9 frames or more (got --T 8)" in capsys.readouterr().out
+
+
+def test_the_published_protocol_sets_what_it_can_and_says_what_differs(evaluate, capsys):
+    found = evaluate("--protocol", "mcvd", "--num_videos", 3, "--metrics", "psnr", "ssim")
+    settings = found["settings"]
+    assert (settings["num_frames"], settings["num_samples"], settings["window"]) == (9, 10, "random")
+    assert {row["best_of"] for row in found["published"] if row["method"] == "MCVD"} == {10, 100}
+    said = " / ".join(found["differences"])
+    for part in ("size is 16, not 64", "3 clips, not the 256", "trained on clips of 8 frames", "raw frames"):
+        assert part in said
+    assert "25.162" in capsys.readouterr().out
+    evaluate("--protocol", "mcvd", "--T", 10, status=2, out="other")
+    assert "--T must be 9 under --protocol mcvd (got 10)" in capsys.readouterr().err
+
+
+def test_random_windows_are_recorded_and_follow_the_seed(evaluate, tmp_path):
+    starts = []
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        evaluate("--window", "random", "--seed", seed, "--metrics", "psnr", "--baselines", out=out)
+        starts.append([line["source"]["first_frame"] for line in lines_of(tmp_path / out)])
+    assert starts[0] == starts[1] != starts[2] and len(set(starts[0])) > 1
+    assert starts[0][4] <= 1  # of 9 frames
+
+
+def test_baselines_can_be_scored_without_a_checkpoint(evaluate):
+    found = evaluate("--size", 16, checkpoint=None)
+    assert [row["method"] for row in found["rows"]] == ["nearest", "cross-fade"]
+    assert found["settings"]["num_frames"] == 8 and found["clips"] == 7
+
+
+def test_the_split_is_that_of_training(ckpt, tmp_path, capsys):
+    names = {}
+    for split in ("val", "train", "all"):
+        argv = ["--ckpt", str(ckpt), "--split", split, "--out_dir", str(tmp_path / split), "--steps", "1"]
+        assert main([*argv, "--baselines", "--metrics", "psnr"]) == 0
+        names[split] = {line["source"]["name"] for line in lines_of(tmp_path / split)}
+    assert names["val"] and not names["val"] & names["train"] and names["val"] | names["train"] == names["all"]
+    assert "--split all takes a whole folder" in capsys.readouterr().out
+
+
+def test_a_clip_that_cannot_be_read_is_named_and_left_out(evaluate, monkeypatch, tmp_path, capsys):
+    read = evaluate_video_ddpm.DecodedFrames.read
+
+    def failing(self, video, wanted):
+        if video.name == "2.mp4":
+            raise OSError(5, "Input/output error")
+        return read(self, video, wanted)
+
+    monkeypatch.setattr(evaluate_video_ddpm.DecodedFrames, "read", failing)
+    found = evaluate()
+    assert found["clips"] == 6 and found["failures"] == ["2.mp4 (OSError: Input/output error)"]
+    assert "Left out, unreadable: 2.mp4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--window", "middle"], "--window: must be central, random or a frame number"),
+        (["--window", "40"], "none of 7 clips has the 48 frames needed"),
+        (["--data_root", "/nowhere"], "--data_root must be a folder"),
+        (["--steps", "2", "2000"], "--steps must lie in"),
+        (["--sampler", "dpmpp_2m", "--eta", "0.5"], "--eta must be 0"),
+        (["--T", "4"], "--T must exceed 2 * 2"),
+        (["--color_mode", "gray"], "--color_mode is fixed by"),
+        (["--metrics", "diversity"], "--metrics: none of those asked for"),
+    ],
+)
+def test_wrong_input_is_one_line_and_writes_nothing(evaluate, tmp_path, capsys, flags, message):
+    evaluate(*flags, status=2)
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_checkpoint_the_data_must_be_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--out_dir", str(tmp_path / "out")])
+    assert "without --ckpt, --data_root must be given" in capsys.readouterr().err
+
+
+def test_gray_checkpoints_and_those_without_history_are_evaluated(tmp_path, square_videos, evaluate):
+    path = tiny_checkpoint(tmp_path, square_videos, "--color_mode", "gray")
+    checkpoint = load_checkpoint(path)
+    checkpoint["history"]["train"] = []
+    save_checkpoint(path, checkpoint)
+    assert evaluate("--num_videos", 2, checkpoint=path)["clips"] == 2
+    assert "holds no history" in Path(tmp_path / "out/report.html").read_text()
+
+
+def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        found = estimate(rng.normal(3, 2, size=60))
+        covered += found.low <= 3 <= found.high
+    # 95 % of 400 is 380 with a deviation of 4.4; the percentile bootstrap of 60 values covers about 94 %
+    assert abs(covered / 400 - CONFIDENCE) < 0.035
+    assert estimate([5.0] * 9) == (5, 5, 5)
+
+
+def test_a_summary_averages_over_samples_first_then_over_clips():
+    def sample(value):
+        return {"psnr": value}
+
+    lines = [
+        {"clip": i, "methods": {"m": {"samples": [sample(a), sample(b)], "mean_image": sample(9.0), "nfe": 4,
+         "seconds": 1.0}}} for i, (a, b) in enumerate([(1.0, 3.0), (5.0, 11.0)])
+    ]  # fmt: skip
+    mean, image, best = summarise(lines, "m", None)
+    assert mean.scores["psnr"].mean == 5 and image.scores["psnr"].mean == 9 and best.scores["psnr"].mean == 7
+    assert (mean.nfe, best.samples) == (4, "best of 2")
