@@ -28,7 +28,7 @@ from evaluation import report
 from evaluation.baselines import BASELINES, load_baseline, missing_package
 from evaluation.fvd import I3D, MIN_FRAMES
 from evaluation.metrics import METRICS, Scorer, alexnet_path, diversity, file_sha256, missing_for
-from evaluation.protocols import MCVD, PROTOCOLS, PUBLISHED, differences_from_mcvd, rules
+from evaluation.protocols import MCVD, PROTOCOLS, differences_from_mcvd
 from evaluation.results import PerClipResults, error_by_position, summarise
 from models.video_unet3d import build_model
 from utils.checkpoint import load_checkpoint, load_weights
@@ -397,80 +397,50 @@ def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipRe
     return "\n".join(parts)
 
 
-def write_report(
-    args: argparse.Namespace,
-    checkpoint: dict[str, Any] | None,
-    settings: dict[str, Any],
-    evaluator: Evaluator,
-    videos: Sequence[Video],
-    results: PerClipResults,
-) -> None:
-    """Print the table and write table.md, metrics.json and report.html.
+def sum_up(
+    args: argparse.Namespace, checkpoint: dict[str, Any] | None, evaluator: Evaluator, results: PerClipResults
+) -> report.Findings:
+    """All that was found, over the clips.
 
     Raises: ValueError: if no clip could be read.
     """
-    out_dir = results.path.parent
-    lines = results.scored()
+    lines, methods = results.scored(), [method.name for method in evaluator.methods]
     if not lines:
         raise ValueError(f"--data_root {args.data_root}: no clip could be read: {'; '.join(results.failures())}")
+    k, m = args.endpoint_context, args.num_frames - 2 * args.endpoint_context
     features = results.features if "fvd" in args.metrics else None
-    rows = [row for method in evaluator.methods for row in summarise(lines, method.name, features)]
-    positions = {}
-    if "psnr" in args.metrics:
-        positions = {method.name: error_by_position(lines, method.name) for method in evaluator.methods}
-
-    title = (
-        f"{len(lines)} clips of {args.num_frames} frames ({args.endpoint_context} + {args.endpoint_context} given), "
-        f"{args.size}x{args.size} {args.color_mode}, protocol {args.protocol}"
-    )
-    cells = report.table_cells(rows)
-    meanings = rules(args.protocol, {name for row in rows for name in row.scores})
-    text = [title, "", report.markdown(cells), "", *(f"- {line}" for line in meanings)]
+    positions = {name: error_by_position(lines, name) for name in methods} if "psnr" in args.metrics else {}
     differences = []
     if args.protocol == "mcvd":
-        trained = checkpoint["clip_config"]["num_frames"] if checkpoint else None
-        differences = differences_from_mcvd(settings, len(lines), trained)
-        text += ["", report.markdown(report.published_cells()), "", "What still differs from the published rows:", ""]
-        text += [f"- {line}" for line in differences]
-    if results.failures():
-        text += ["", f"Left out, unreadable: {', '.join(results.failures())}"]
-    print("\n".join(["", *text, ""]))
+        trained_frames = checkpoint["clip_config"]["num_frames"] if checkpoint else None
+        differences = differences_from_mcvd(vars(args), len(lines), trained_frames)
+    return report.Findings(
+        title=f"{len(lines)} clips of {args.num_frames} frames ({k} + {k} given, {m} generated), "
+        f"{args.size}x{args.size} {args.color_mode}, protocol {args.protocol}",
+        rows=[row for name in methods for row in summarise(lines, name, features)],
+        protocol=args.protocol,
+        differences=differences,
+        failures=results.failures(),
+        frames=range(k, k + m),
+        positions=positions,
+    )
+
+
+def write_report(
+    findings: report.Findings, out_dir: Path, pictures: str, history: dict[str, Any] | None, facts: dict[str, Any]
+) -> None:
+    """Print the table and write table.md, metrics.json, report.html and, of a sweep, its plot."""
+    text = report.as_markdown(findings)
+    print(f"\n{text}")
     with replacing(out_dir / "table.md") as file:
-        file.write("\n".join([*text, ""]).encode())
-
-    machine = describe_machine(evaluator.device)
-    fingerprint = hashlib.sha256(json.dumps([line["source"] for line in lines]).encode()).hexdigest()
-    save_json(
-        out_dir / "metrics.json",
-        {
-            "title": title, "settings": settings, "batch_size": args.batch_size, "clips": len(lines),
-            "failures": results.failures(), "data_fingerprint": fingerprint, **machine,
-            "rows": [row.as_json(positions.get(row.method)) for row in rows], "rules": meanings,
-            "published": [row._asdict() for row in PUBLISHED] if differences else [], "differences": differences,
-        },
-    )  # fmt: skip
-
-    sections = [("Scores", report.html_table(cells) + report.bullet_list(meanings))]
-    if differences:
-        published = report.html_table(report.published_cells())
-        sections.append(("Published", published + report.bullet_list(differences)))
-    sections.append(("Clips", animations(evaluator, videos, results, args)))
-    plot = report.quality_against_work(rows)
+        file.write(text.encode())
+    save_json(out_dir / "metrics.json", findings.as_json() | facts)
+    with replacing(out_dir / "report.html") as file:
+        file.write(report.as_page(findings, pictures, history, facts).encode())
+    plot = report.quality_against_work(findings.rows)
     if plot:
-        sections.append(("Quality against work", plot))
         with replacing(out_dir / "quality_against_work.svg") as file:
             file.write(plot.encode())
-    if positions:
-        frames = [args.endpoint_context + i for i in range(len(next(iter(positions.values()))))]
-        table = [["PSNR of frame, dB", *map(str, frames)]]
-        table += [[name, *(f"{value:.2f}" for value in values)] for name, values in positions.items()]
-        drawn = report.line_plot({name: (frames, values) for name, values in positions.items()}, "frame", "PSNR, dB")
-        sections.append(("Error per frame position", report.html_table(table) + (drawn or "")))
-    if checkpoint is not None:
-        sections.append(("Training", report.training_curves(checkpoint["history"])))
-    sections.append(("Settings", report.settings_list(settings | machine | {"data_fingerprint": fingerprint})))
-    with replacing(out_dir / "report.html") as file:
-        file.write(report.page(title, sections).encode())
     print(f"{out_dir / 'report.html'}, {out_dir / 'table.md'}, {out_dir / 'metrics.json'}")
 
 
@@ -486,7 +456,7 @@ def evaluate(args: argparse.Namespace) -> None:
     videos = choose_videos(args, checkpoint)
     i3d = I3D(args.fvd_weights, device) if "fvd" in args.metrics else None
 
-    unrelated = ("device", "out_dir", "overwrite", "cache_dir", "batch_size", "num_videos")  # to what is scored
+    unrelated = ("ckpt", "device", "out_dir", "overwrite", "cache_dir", "batch_size", "num_videos")  # to any score
     settings = {name: value for name, value in vars(args).items() if name not in unrelated}
     if checkpoint is not None:
         settings |= {"checkpoint_sha256": file_sha256(args.ckpt), "checkpoint_step": checkpoint["step"]}
@@ -502,7 +472,15 @@ def evaluate(args: argparse.Namespace) -> None:
     scorer = Scorer(args.metrics, args.protocol == "mcvd", device)
     evaluator = Evaluator(methods, scorer, i3d, args.batch_size, args.endpoint_context, device)
     score_all(evaluator, videos, results, args)
-    write_report(args, checkpoint, settings, evaluator, videos, results)
+
+    scored = [line["source"] for line in results.scored()]
+    facts = {
+        "checkpoint": args.ckpt, "settings": settings, "batch_size": args.batch_size, "clips": len(scored),
+        "data_fingerprint": hashlib.sha256(json.dumps(scored).encode()).hexdigest(), **describe_machine(device),
+    }  # fmt: skip
+    findings = sum_up(args, checkpoint, evaluator, results)
+    pictures = animations(evaluator, videos, results, args)
+    write_report(findings, Path(args.out_dir), pictures, checkpoint["history"] if checkpoint else None, facts)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ The distance is exact here; the features are those of the I3D network that the l
 brings. A distance in other features would not be comparable with anything published, so there is none.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,9 @@ class I3D:
         if not Path(path).is_file():
             raise ValueError(f"--fvd_weights {path}: no such file")
         try:
-            self.network = torch.jit.load(str(path), map_location=device).eval()
+            with warnings.catch_warnings():  # TorchScript is deprecated, but it is what these weights come in
+                warnings.simplefilter("ignore", FutureWarning)
+                self.network = torch.jit.load(str(path), map_location=device).eval()
         except RuntimeError as error:
             raise ValueError(f"--fvd_weights {path}: not a TorchScript network ({type(error).__name__})") from error
         self.device = device

@@ -6,11 +6,11 @@ import io
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from evaluation.protocols import PUBLISHED
+from evaluation.protocols import PUBLISHED, rules
 from evaluation.results import Estimate, Row
 from utils.io import animated_png
 from utils.records import save_training_curves
@@ -32,6 +32,86 @@ th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; } figure { margin: 1.5rem 0; } figcaption, li, details { color: #555; }
 img { width: 38rem; max-width: 100%; image-rendering: pixelated; } svg { max-width: 100%; height: auto; }
 """
+
+
+class Findings(NamedTuple):
+    """All that an evaluation found.
+
+    Attributes:
+        title: clips, frames and protocol in one line.
+        rows: of the table.
+        protocol: its name.
+        differences: what differs from the published protocol, if that is the one.
+        failures: clips left out, with the reason.
+        frames: numbers of the generated frames within a clip.
+        positions: PSNR in dB of each generated frame, by method; {} if it was not measured.
+    """
+
+    title: str
+    rows: list[Row]
+    protocol: str
+    differences: list[str]
+    failures: list[str]
+    frames: Sequence[int]
+    positions: dict[str, list[float]]
+
+    def rules(self) -> list[str]:
+        """What the columns of the table mean."""
+        return rules(self.protocol, {name for row in self.rows for name in row.scores})
+
+    def as_json(self) -> dict[str, Any]:
+        """The findings as plain types."""
+        published = [row._asdict() for row in PUBLISHED] if self.differences else []
+        rows = [row.as_json() | {"psnr_by_position": self.positions.get(row.method)} for row in self.rows]
+        return self._asdict() | {
+            "rows": rows,
+            "frames": list(self.frames),
+            "rules": self.rules(),
+            "published": published,
+        }
+
+
+def as_markdown(findings: Findings) -> str:
+    """The table with all that belongs to it."""
+    text = [findings.title, "", markdown(table_cells(findings.rows)), "", *(f"- {rule}" for rule in findings.rules())]
+    if findings.differences:
+        text += ["", markdown(published_cells()), "", "What still differs from the published rows:", ""]
+        text += [f"- {line}" for line in findings.differences]
+    if findings.failures:
+        text += ["", f"Left out, unreadable: {', '.join(findings.failures)}"]
+    return "\n".join([*text, ""])
+
+
+def as_page(findings: Findings, pictures: str, history: dict[str, Any] | None, facts: dict[str, Any]) -> str:
+    """The whole page: table, clips, plots and settings; it loads nothing.
+
+    Args:
+        findings: what was found.
+        pictures: animations, as HTML.
+        history: of training, as checkpoints keep it; None without a checkpoint.
+        facts: settings, versions and fingerprints.
+    """
+    sections = [("Scores", html_table(table_cells(findings.rows)) + bullet_list(findings.rules()))]
+    if findings.differences:
+        sections.append(("Published", html_table(published_cells()) + bullet_list(findings.differences)))
+    sections.append(("Clips", pictures))
+    plot = quality_against_work(findings.rows)
+    if plot:
+        sections.append(("Quality against work", plot))
+    if findings.positions:
+        sections.append(("Error per frame position", error_by_frame(findings)))
+    if history is not None:
+        sections.append(("Training", training_curves(history)))
+    sections.append(("Settings", settings_list(facts)))
+    return page(findings.title, sections)
+
+
+def error_by_frame(findings: Findings) -> str:
+    """PSNR of each generated frame, as a table and a plot."""
+    cells = [["PSNR of frame, dB", *map(str, findings.frames)]]
+    cells += [[name, *(f"{value:.2f}" for value in values)] for name, values in findings.positions.items()]
+    curves = {name: (list(findings.frames), values) for name, values in findings.positions.items()}
+    return html_table(cells) + (line_plot(curves, "frame", "PSNR, dB") or "")
 
 
 def show(value: Estimate | None, decimals: int) -> str:
@@ -139,7 +219,9 @@ def bullet_list(lines: Sequence[str]) -> str:
 
 def settings_list(settings: dict[str, Any]) -> str:
     """Every setting, folded away."""
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
+    flat = settings | settings.get("settings", {})
+    flat.pop("settings", None)
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in flat.items())
     return f"<details><summary>all settings</summary><table>{rows}</table></details>"
 
 

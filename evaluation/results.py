@@ -10,6 +10,7 @@ import numpy as np
 
 from evaluation.fvd import feature_distance
 from evaluation.metrics import LOWER_IS_BETTER
+from utils.io import replacing
 
 SCORES = ("psnr", "psnr_clip", "ssim", "lpips", "temporal_l1")  # numbers that a single sample of a clip has
 RESAMPLES = 2000  # of the bootstrap; the ends of an interval then vary by a few percent of its width
@@ -52,7 +53,8 @@ class PerClipResults:
                 if line.get("clip", -1) in range(len(clips)) and line.get("source") == clips[line["clip"]]
             }
             kept = [{"settings": settings}, *self.lines.values()]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with replacing(self.path) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
         except OSError as error:
             raise ValueError(f"--out_dir {out_dir}: cannot be used ({error.strerror})") from error
 
@@ -120,13 +122,13 @@ class Row(NamedTuple):
     nfe: int
     seconds: float
 
-    def as_json(self, psnr_by_position: list[float] | None) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The row as plain types; an interval that does not exist is null."""
         scores = {
             name: {end: None if math.isnan(value) else value for end, value in estimate._asdict().items()}
             for name, estimate in self.scores.items()
         }
-        return self._asdict() | {"scores": scores, "psnr_by_position": psnr_by_position}
+        return self._asdict() | {"scores": scores}
 
 
 def summarise(lines: Sequence[dict[str, Any]], method: str, features: Path | None) -> list[Row]:

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -12,9 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_FLAGS
+from test_bair import record, write
+from test_robot_pushing import can_render
 
+import evaluate_video_ddpm
 import sample_video_ddpm
 import train_video_ddpm
+from data import bair_to_mp4, check_videos, robot_pushing
 from diffusion.sampler import sample_middle
 from models.video_unet3d import VideoUNet3D, build_model
 
@@ -24,6 +29,10 @@ BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```
 SCRIPTS = {
     "train_video_ddpm.py": train_video_ddpm.build_parser(),
     "sample_video_ddpm.py": sample_video_ddpm.build_parser(),
+    "evaluate_video_ddpm.py": evaluate_video_ddpm.build_parser(),
+    "data/robot_pushing.py": robot_pushing.build_parser(),
+    "data/bair_to_mp4.py": bair_to_mp4.build_parser(),
+    "data/check_videos.py": check_videos.build_parser(),
 }
 
 
@@ -38,11 +47,19 @@ def commands():
 
 def lowered(script, arguments, videos):
     """The same command on small clips, for two steps: later flags win."""
-    arguments = [str(videos) if word == "/path/to/data_root" else word for word in arguments]
+    folders = ("/path/to/data_root", "sim_push/train", "sim_push/test", "bair/videos_val")
+    arguments = [str(videos) if word in folders else word for word in arguments]
     if script == "sample_video_ddpm.py":
         arguments = [word for word in arguments if word != "4"] if "--num_clips" in arguments else arguments
         arguments = [word if word != "--num_clips" else "--num_clips=1" for word in arguments]
         return [*arguments, "--steps", "2"]
+    if script == "evaluate_video_ddpm.py":
+        few = ["--num_videos", "2", "--num_samples", "2", "--steps", "2", "--baselines", "nearest", "cross_fade"]
+        return [*arguments, *few]
+    if script == "data/robot_pushing.py":
+        return [*arguments, "--train", "1", "--test", "1"]
+    if script.startswith("data/"):
+        return arguments
     return (
         [*arguments, "--max_steps", "3"] if "--resume" in arguments else [*arguments, *TINY_FLAGS, "--max_steps", "2"]
     )
@@ -51,15 +68,19 @@ def lowered(script, arguments, videos):
 def test_every_command_of_the_readme_runs_in_order(square_videos, tmp_path):
     for name in ("start_0", "start_1", "end_0", "end_1"):
         iio.imwrite(tmp_path / f"{name}.png", np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    write(tmp_path / "softmotion30_44k/test/traj_0_to_255.tfrecords", record(0))
     found = list(commands())
-    assert [script for script, _ in found].count("train_video_ddpm.py") == 5 and len(found) == 7
+    counts = Counter(script for script, _ in found)
+    assert set(counts) == set(SCRIPTS) and counts["train_video_ddpm.py"] == 5 and counts["evaluate_video_ddpm.py"] >= 4
     for script, arguments in found:
+        if script == "data/robot_pushing.py" and not can_render():
+            continue  # optional packages: its own test says what they are
         call = [sys.executable, ROOT / script, *lowered(script, arguments, square_videos)]
         done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=quiet_environment())
         assert done.returncode == 0, f"{shlex.join(map(str, call))}\n{done.stderr}"
-    assert (tmp_path / "outputs/demo/last.pt").is_file() and (
-        tmp_path / "outputs/sample_motion_ctx2/sample.mp4"
-    ).is_file()
+    for made in ("demo/last.pt", "sample_motion_ctx2/sample.mp4", "evaluation/report.html"):
+        assert (tmp_path / "outputs" / made).is_file()
+    assert (tmp_path / "bair/videos_val/traj_0_to_255_0000.mp4").is_file()
 
 
 def quiet_environment():
@@ -94,7 +115,7 @@ def test_the_python_example_of_the_readme_runs():
 
 
 def test_scripts_end_with_one_line_and_status_two_as_processes():
-    for script in SCRIPTS:
+    for script in ("train_video_ddpm.py", "sample_video_ddpm.py", "evaluate_video_ddpm.py"):
         done = subprocess.run(
             [sys.executable, ROOT / script, "--size", "-3"], capture_output=True, text=True, env=quiet_environment()
         )

@@ -1,5 +1,6 @@
 """Training as a user runs it: exact resume, honest refusals, records and previews."""
 
+import contextlib
 import json
 import math
 import os
@@ -46,22 +47,20 @@ def lines(out_dir):
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
+@contextlib.contextmanager
+def interrupted(step, number=signal.SIGTERM):
     """Deliver a signal right after the given optimiser step, as a terminal would."""
+    optimise = train_video_ddpm.optimise
 
-    def arm(step, number=signal.SIGTERM):
-        optimise = train_video_ddpm.optimise
+    def optimise_then_signal(state, *rest):
+        result = optimise(state, *rest)
+        if state.step == step:
+            signal.raise_signal(number)
+        return result
 
-        def optimise_then_signal(state, *rest):
-            result = optimise(state, *rest)
-            if state.step == step:
-                signal.raise_signal(number)
-            return result
-
-        monkeypatch.setattr(train_video_ddpm, "optimise", optimise_then_signal)
-
-    yield arm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_video_ddpm, "optimise", optimise_then_signal)
+        yield
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------
@@ -77,7 +76,7 @@ def interrupt(monkeypatch):
         (5, ["--grad_accum", "2", "--warmup_steps", "3", "--noise_offset", "0.1", "--ema_update_after_step", "2"]),
     ],
 )
-def test_resuming_is_exact(square_videos, tmp_path, interrupt, monkeypatch, k, flags):
+def test_resuming_is_exact(square_videos, tmp_path, k, flags):
     common = [
         "--data_root",
         square_videos,
@@ -91,10 +90,8 @@ def test_resuming_is_exact(square_videos, tmp_path, interrupt, monkeypatch, k, f
         *flags,
     ]
     straight = run(tmp_path / "straight", *common)
-    with monkeypatch.context():
-        interrupt(k)
+    with interrupted(k):
         stopped = run(tmp_path / "stopped", *common, status=128 + signal.SIGTERM)
-        monkeypatch.undo()
     assert load_checkpoint(stopped / "last.pt")["step"] == k
     run(stopped, "--data_root", square_videos, "--resume")
     a, b = (load_checkpoint(folder / "last.pt") for folder in (straight, stopped))
@@ -400,9 +397,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_is_never_saved(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(square_videos, tmp_path, capsys, interrupt, number):
-    interrupt(2, number)
-    out = run(tmp_path / "a", "--data_root", square_videos, "--epochs", "9", *TINY_FLAGS, status=128 + number)
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(square_videos, tmp_path, capsys, number):
+    with interrupted(2, number):
+        out = run(tmp_path / "a", "--data_root", square_videos, "--epochs", "9", *TINY_FLAGS, status=128 + number)
     assert load_checkpoint(out / "last.pt")["step"] == 2
     printed = capsys.readouterr().out
     assert f"stopped by {signal.Signals(number).name} after step 2; go on with: " in printed
