@@ -73,9 +73,13 @@ def moving_square(seed, frames=14, size=32):
 
 
 @pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    """Flushing to a busy disk takes seconds, and no test here cuts the power."""
+def quick(monkeypatch):
+    """What costs much and few tests are about: flushing to a busy disk (no test cuts the power), and drawing curves.
+
+    Fixtures of a wider scope are set up before this, so the run of `learned` draws its curves.
+    """
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(train_video_ddpm, "save_training_curves", lambda file, history: False)
 
 
 @pytest.fixture(scope="session")
