@@ -7,9 +7,11 @@ per clip as they come: the same command after a stop goes on where it was. Witho
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +21,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.kinetics_video_dataset import DecodedFrames, Video, reason_of, usable_videos, videos_as_trained
+from data.kinetics_video_dataset import (
+    DecodedFrames,
+    Video,
+    data_as_trained,
+    printable,
+    reason_of,
+    split_as_trained,
+    usable_videos,
+)
 from data.video_reader import DECODE_ERRORS
 from diffusion.noise import SAMPLE, generator_for
 from diffusion.sampler import SAMPLERS, check_sampler, forwards_per_clip, sample_middle
 from diffusion.schedule import DiffusionSchedule
 from evaluation import report
 from evaluation.baselines import BASELINES, load_baseline, missing_package
-from evaluation.fvd import I3D, MIN_FRAMES
-from evaluation.metrics import METRICS, Scorer, alexnet_path, diversity, file_sha256, missing_for
+from evaluation.fvd import I3D, I3D_URL, MIN_FRAMES
+from evaluation.metrics import HIGHER_IS_BETTER, METRICS, Scorer, alexnet_path, diversity, missing_for
 from evaluation.protocols import MCVD, PROTOCOLS, differences_from_mcvd
-from evaluation.results import PerClipResults, error_by_position, summarise
+from evaluation.results import SCORES, PerClipResults, error_by_position, summarise
 from models.video_unet3d import build_model
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.flags import (
@@ -44,7 +54,7 @@ from utils.flags import (
     sampler_settings,
     settle_clip_flags,
 )
-from utils.io import observed_frames, replacing, save_json, save_mp4, side_by_side
+from utils.io import file_sha256, observed_frames, replacing, save_json, save_mp4, side_by_side
 from utils.records import describe_machine
 from utils.video_utils import cross_fade, join_clip, split_clip, to_float, to_uint8
 
@@ -127,6 +137,8 @@ def settle(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
     """
     published = args.protocol == "mcvd"
     if published:
+        if checkpoint is not None and checkpoint["model_config"]["endpoint_context"] != MCVD["endpoint_context"]:
+            raise ValueError(f"--protocol mcvd needs a model of --endpoint_context 2, which {args.ckpt} is not")
         for name, flag in (("num_frames", "T"), ("endpoint_context", "endpoint_context")):
             if getattr(args, name) not in (None, MCVD[name]):
                 raise ValueError(f"--{flag} must be {MCVD[name]} under --protocol mcvd (got {getattr(args, name)})")
@@ -160,12 +172,14 @@ def drop_what_is_missing(args: argparse.Namespace, log: Callable[[str], None] = 
     """Leave out metrics and baselines that cannot run here, each with a line that says what would bring it."""
     reasons = {metric: missing_for(metric, args.size) for metric in args.metrics}
     if args.fvd_weights is None:
-        reasons["fvd"] = "fvd is left out: it needs --fvd_weights i3d_torchscript.pt (StyleGAN-V's, as MCVD uses)"
+        reasons["fvd"] = f"fvd is left out: it needs --fvd_weights with the file of {I3D_URL}"
     if args.num_frames < MIN_FRAMES:
         reasons["fvd"] = f"fvd is left out: I3D needs clips of {MIN_FRAMES} frames or more (got --T {args.num_frames})"
     if args.num_samples == 1:
         reasons["diversity"] = "diversity is left out: it needs --num_samples 2 or more"
     absent = {name: missing_package(name) for name in args.baselines}
+    if find_spec("matplotlib") is None:
+        log("plots are left out: they need pip install matplotlib")
     for name, reason in [*reasons.items(), *absent.items()]:
         if reason and name in (*args.metrics, *args.baselines):
             log(reason)
@@ -179,20 +193,24 @@ def drop_what_is_missing(args: argparse.Namespace, log: Callable[[str], None] = 
 
 
 def choose_videos(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> list[Video]:
-    """The files to score, and args.data_root settled.
+    """The files to score; args.data_root is settled, too.
 
     Raises: ValueError: if there are none long enough.
     """
-    clip_span = (args.num_frames - 1) * args.frame_stride + 1
-    if checkpoint is None:
-        videos = usable_videos(args.data_root, clip_span, args.cache_dir or "outputs/cache")
+    cache_dir = args.cache_dir or "outputs/cache"
+    if checkpoint is not None:
+        args.data_root, cache_dir = data_as_trained(checkpoint, args.data_root, args.cache_dir, save_mp4)
+    needed = (args.num_frames - 1) * args.frame_stride + 1 + (args.window if isinstance(args.window, int) else 0)
+    if args.split == "all":
+        chosen = usable_videos(args.data_root, needed, cache_dir, args.num_videos)
     else:
-        root, videos = videos_as_trained(checkpoint, args.split, args.data_root, args.cache_dir, save_mp4)
-        args.data_root = str(root)
-    needed = clip_span + (args.window if isinstance(args.window, int) else 0)
-    chosen = [video for video in videos if video.info.frames >= needed][: args.num_videos]
-    if not chosen:
-        raise ValueError(f"--data_root {args.data_root}: none of {len(videos)} clips has the {needed} frames needed")
+        train, val = split_as_trained(checkpoint, args.data_root, cache_dir)
+        videos = {"train": train, "val": val}[args.split]
+        chosen = [video for video in videos if video.info.frames >= needed][: args.num_videos]
+        if not chosen:
+            raise ValueError(
+                f"--data_root {args.data_root}: none of {len(videos)} clips has the {needed} frames needed"
+            )
     few = len(chosen) < args.num_videos and args.split == "val"
     hint = "; --split all takes a whole folder that training never saw" if few else ""
     print(f"scoring {len(chosen)} clips, split {args.split} of {args.data_root}{hint}")
@@ -207,7 +225,7 @@ def identify(video: Video, number: int, args: argparse.Namespace) -> dict[str, A
         first = slack // 2
     elif args.window == "random":
         first = int(np.random.default_rng([args.seed, number]).integers(slack + 1))
-    return {"name": video.name, "sha256": file_sha256(video.path), "first_frame": first}
+    return {"name": printable(video.name), "sha256": file_sha256(video.path), "first_frame": first}
 
 
 def read_clip(video: Video, first: int, args: argparse.Namespace) -> Tensor | str:
@@ -223,9 +241,13 @@ def read_clip(video: Video, first: int, args: argparse.Namespace) -> Tensor | st
 
 
 class Method(NamedTuple):
-    """A row of the table: draws middles [B,C,M,H,W] for contexts [B,C,K,H,W] and one (clip, sample) key for each."""
+    """A row of the table: draws middles [B,C,M,H,W] for contexts [B,C,K,H,W] and one (clip, sample) key for each.
+
+    Methods of one `curve` differ in their number of steps only.
+    """
 
     name: str
+    curve: str
     samples: int
     nfe: int
     generate: Callable[[Tensor, Tensor, Sequence[tuple[int, int]]], Tensor]
@@ -254,7 +276,13 @@ def model_methods(args: argparse.Namespace, checkpoint: dict[str, Any], device: 
                 )  # fmt: skip
 
         name = f"ours, {sampler} {steps} steps, guidance {guidance_scale:g}"
-        return Method(name, args.num_samples, forwards_per_clip(steps, guidance_scale), generate)
+        return Method(
+            name,
+            f"{sampler}, guidance {guidance_scale:g}",
+            args.num_samples,
+            forwards_per_clip(steps, guidance_scale),
+            generate,
+        )
 
     return [method(*values) for values in product(args.sampler, args.steps, args.guidance_scale)]
 
@@ -265,7 +293,7 @@ def baseline_methods(args: argparse.Namespace, device: torch.device) -> list[Met
     def method(name: str) -> Method:
         baseline = load_baseline(name, device)
         num_middle = args.num_frames - 2 * args.endpoint_context
-        return Method(name.replace("_", "-"), 1, 0, lambda start, end, keys: baseline(start, end, num_middle))
+        return Method(name.replace("_", "-"), "", 1, 0, lambda start, end, keys: baseline(start, end, num_middle))
 
     return [method(name) for name in args.baselines]
 
@@ -361,24 +389,33 @@ def score_all(evaluator: Evaluator, videos: Sequence[Video], results: PerClipRes
             reads = {i: read_clip(videos[i], results.clips[i]["first_frame"], args) for i in batch}
             failed = [{"clip": i, "failure": read} for i, read in reads.items() if isinstance(read, str)]
             for line in failed:
-                tqdm.write(f"could not read {videos[line['clip']].name} ({line['failure']}); it is left out")
+                tqdm.write(f"could not read {printable(videos[line['clip']].name)} ({line['failure']}); it is left out")
             numbers = [i for i in batch if torch.is_tensor(reads[i])]
             lines, features = [], {}
             if numbers:
                 lines, features = evaluator.score(torch.stack([reads[i] for i in numbers]), numbers, bar.update)
             results.add([*lines, *failed], features)
+    results.tidy()
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
 def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipResults, args: argparse.Namespace) -> str:
-    """The best, median and worst clip of the first method: truth, the method's first sample, and the cross-fade."""
+    """The best, median and worst clip of the first method: truth, the method's first sample, and the cross-fade.
+
+    Best by the first score that was measured; the clips are the first, the middle and the last where none was.
+    """
     method = evaluator.methods[0]
     lines = results.scored()
-    if "psnr" in args.metrics:
-        lines.sort(key=lambda line: line["methods"][method.name]["samples"][0]["psnr"], reverse=True)
-    shown = {"best": lines[0], "median": lines[len(lines) // 2], "worst": lines[-1]}
+    titles = ("first", "middle", "last")
+    score = next((name for name in SCORES if name in lines[0]["methods"][method.name]["samples"][0]), None)
+    if score is not None:
+        titles = ("best", "median", "worst")
+        lines.sort(
+            key=lambda line: line["methods"][method.name]["samples"][0][score], reverse=score in HIGHER_IS_BETTER
+        )
+    shown = dict(zip(titles, (lines[0], lines[len(lines) // 2], lines[-1]), strict=True))
     parts = []
     for title, line in shown.items():
         number = line["clip"]
@@ -390,17 +427,21 @@ def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipRe
         middles = (truth, method.generate(start, end, [(number, 0)]), faded)
         wholes = [to_uint8(join_clip(start, middle, end))[0] for middle in middles]
         frames = side_by_side(wholes, observed_frames(args.num_frames, args.endpoint_context))
-        decibel = line["methods"][method.name]["samples"][0].get("psnr")
-        quality = "" if decibel is None else f", {decibel:.2f} dB"
+        value = line["methods"][method.name]["samples"][0].get(score)
+        quality = "" if value is None else f", {report.COLUMNS[score][0]} {value:.{report.COLUMNS[score][1]}f}"
         caption = f"{title}: {line['source']['name']}{quality} - truth, {method.name}, cross-fade (orange = given)"
         parts.append(report.animation(frames, caption, FPS))
     return "\n".join(parts)
 
 
 def sum_up(
-    args: argparse.Namespace, checkpoint: dict[str, Any] | None, evaluator: Evaluator, results: PerClipResults
+    args: argparse.Namespace,
+    checkpoint: dict[str, Any] | None,
+    evaluator: Evaluator,
+    results: PerClipResults,
+    weights: list[str],
 ) -> report.Findings:
-    """All that was found, over the clips.
+    """All that was found over the clips; `weights` says which files scores were computed with.
 
     Raises: ValueError: if no clip could be read.
     """
@@ -408,7 +449,9 @@ def sum_up(
     if not lines:
         raise ValueError(f"--data_root {args.data_root}: no clip could be read: {'; '.join(results.failures())}")
     k, m = args.endpoint_context, args.num_frames - 2 * args.endpoint_context
-    features = results.features if "fvd" in args.metrics else None
+    features = results.features if "fvd" in args.metrics and len(lines) > 1 else None
+    if "fvd" in args.metrics and features is None:
+        print("fvd is left out: it needs two clips or more")
     positions = {name: error_by_position(lines, name) for name in methods} if "psnr" in args.metrics else {}
     differences = []
     if args.protocol == "mcvd":
@@ -418,8 +461,10 @@ def sum_up(
         title=f"{len(lines)} clips of {args.num_frames} frames ({k} + {k} given, {m} generated), "
         f"{args.size}x{args.size} {args.color_mode}, protocol {args.protocol}",
         rows=[row for name in methods for row in summarise(lines, name, features)],
+        curves={method.name: method.curve for method in evaluator.methods if method.curve},
         protocol=args.protocol,
         differences=differences,
+        weights=weights,
         failures=results.failures(),
         frames=range(k, k + m),
         positions=positions,
@@ -437,7 +482,7 @@ def write_report(
     save_json(out_dir / "metrics.json", findings.as_json() | facts)
     with replacing(out_dir / "report.html") as file:
         file.write(report.as_page(findings, pictures, history, facts).encode())
-    plot = report.quality_against_work(findings.rows)
+    plot = report.quality_against_work(findings)
     if plot:
         with replacing(out_dir / "quality_against_work.svg") as file:
             file.write(plot.encode())
@@ -453,32 +498,39 @@ def evaluate(args: argparse.Namespace) -> None:
     settle(args, checkpoint)
     drop_what_is_missing(args)
     device = resolve_device(args.device)
+    torch.backends.cudnn.deterministic = True  # a second run gives the same bits on a GPU, too
     videos = choose_videos(args, checkpoint)
     i3d = I3D(args.fvd_weights, device) if "fvd" in args.metrics else None
-
-    unrelated = ("ckpt", "device", "out_dir", "overwrite", "cache_dir", "batch_size", "num_videos")  # to any score
-    settings = {name: value for name, value in vars(args).items() if name not in unrelated}
-    if checkpoint is not None:
-        settings |= {"checkpoint_sha256": file_sha256(args.ckpt), "checkpoint_step": checkpoint["step"]}
-    if i3d is not None:
-        settings["fvd_weights_sha256"] = file_sha256(args.fvd_weights)
-    if "lpips" in args.metrics:
-        settings["lpips_backbone"] = f"{alexnet_path().name} {file_sha256(alexnet_path())}"
-    clips = [identify(video, i, args) for i, video in enumerate(videos)]
-    results = PerClipResults(Path(args.out_dir), settings, clips, args.overwrite)
 
     methods = model_methods(args, checkpoint, device) if checkpoint else []
     methods += baseline_methods(args, device)
     scorer = Scorer(args.metrics, args.protocol == "mcvd", device)
     evaluator = Evaluator(methods, scorer, i3d, args.batch_size, args.endpoint_context, device)
+
+    weights = {"checkpoint": args.ckpt, "fvd": args.fvd_weights if i3d else None}
+    weights["lpips"] = alexnet_path() if "lpips" in args.metrics else None
+    weights = {name: Path(path) for name, path in weights.items() if path}
+    hashes = {f"{name}_sha256": file_sha256(path) for name, path in weights.items()}
+    elsewhere = ("ckpt", "fvd_weights", "out_dir", "overwrite", "cache_dir", "batch_size", "num_videos")
+    settings = {name: value for name, value in vars(args).items() if name not in elsewhere} | hashes
+    settings |= {"device": device.type, "data_root": os.path.realpath(args.data_root)}
+    clips = [identify(video, i, args) for i, video in enumerate(videos)]
+    results = PerClipResults(Path(args.out_dir), settings, clips, args.overwrite)
     score_all(evaluator, videos, results, args)
 
     scored = [line["source"] for line in results.scored()]
     facts = {
-        "checkpoint": args.ckpt, "settings": settings, "batch_size": args.batch_size, "clips": len(scored),
+        "weights": {name: str(path) for name, path in weights.items()}, "settings": settings,
+        "checkpoint_step": checkpoint["step"] if checkpoint else None, "batch_size": args.batch_size,
+        "clips": len(scored),
         "data_fingerprint": hashlib.sha256(json.dumps(scored).encode()).hexdigest(), **describe_machine(device),
     }  # fmt: skip
-    findings = sum_up(args, checkpoint, evaluator, results)
+    named = [
+        f"{name.upper()} weights: {weights[name].name}, sha256 {hashes[f'{name}_sha256']}"
+        for name in ("fvd", "lpips")
+        if name in weights
+    ]
+    findings = sum_up(args, checkpoint, evaluator, results, named)
     pictures = animations(evaluator, videos, results, args)
     write_report(findings, Path(args.out_dir), pictures, checkpoint["history"] if checkpoint else None, facts)
 

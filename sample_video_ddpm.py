@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset, videos_as_trained
+from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset, data_as_trained, split_as_trained
 from diffusion.noise import SAMPLE, generator_for
 from diffusion.sampler import SAMPLERS, check_sampler, forwards_per_clip, sample_middle
 from diffusion.schedule import DiffusionSchedule
@@ -114,7 +114,8 @@ def load_contexts(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Conte
         start, end = (load_images(paths, args.size, args.color_mode) for paths in (args.start_images, args.end_images))
         return Contexts(start, end, None, [" ".join([*args.start_images, *args.end_images])])
 
-    root, held_out = videos_as_trained(checkpoint, "val", args.data_root, args.cache_dir, save_mp4)
+    root, cache_dir = data_as_trained(checkpoint, args.data_root, args.cache_dir, save_mp4)
+    _, held_out = split_as_trained(checkpoint, root, cache_dir)
     span = (args.num_frames - 1) * args.frame_stride + 1
     videos = [video for video in held_out if video.info.frames >= span]
     if args.num_clips > len(videos):

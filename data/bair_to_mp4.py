@@ -2,18 +2,20 @@
 
     python data/bair_to_mp4.py --source softmotion30_44k --out_dir bair --workers 4
 
-Files below a folder named test or val go to videos_val/, all others to videos_train/, a clip per record: 30 frames of
-64x64 from image_aux1, the view that the literature uses. The video is H.264 in RGB (libx264rgb, pixel format gbrp) with
+The records are those of http://rail.eecs.berkeley.edu/datasets/bair_robot_pushing_dataset_v0.tar, unpacked. Files below
+a folder named test or val go to videos_val/, all others to videos_train/, a clip per record: 30 frames of 64x64 from
+image_aux1, the view that the literature uses. The video is H.264 in RGB (libx264rgb, pixel format gbrp) with
 quantiser 0, which loses nothing: every clip is read back and compared before it gets its name. Both checksums of each
 record are tested; damaged records are named and skipped. A stopped run goes on where it was.
 """
 
 import functools
-import multiprocessing
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +27,13 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.video_reader import probe_video, read_frames
+from data.video_reader import DECODE_ERRORS, probe_video, read_frames
 from utils.flags import Parser, nonempty_path, positive_int
 from utils.io import save_mp4
+from utils.processes import map_in_processes
 
 FRAMES, SIZE, FPS = 30, 64, 10
+LITERATURE_VIEW = "image_aux1"
 HELD_OUT = {"test", "val", "valid", "validation"}  # names of folders
 CRC_POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), bit-reversed
 CRC_MASK = 0xA282EAD8  # TFRecord stores checksums rotated by 15 bits plus this
@@ -117,6 +121,19 @@ def read_records(path: Path) -> Iterator[bytes | str]:
             data, (data_crc,) = file.read(length), struct.unpack("<I", file.read(4))
             remaining -= length + 4
             yield data if masked_crc32c(data) == data_crc else "wrong checksum of its data"
+
+
+def count_records(path: Path) -> int:
+    """How many records a file seems to hold, from their lengths alone; for a progress bar."""
+    count, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        while len(head := file.read(12)) == 12:
+            count += 1
+            place = file.tell() + struct.unpack("<Q", head[:8])[0] + 4
+            if place > size:
+                break
+            file.seek(place)
+    return count
 
 
 def fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -209,19 +226,33 @@ class Task(NamedTuple):
 
 
 def convert(task: Task) -> Iterator[Outcome]:
-    """Convert one file, a record at a time."""
-    try:
-        for number, record in enumerate(read_records(task.source)):
-            target = task.folder / f"{task.source.stem}_{number:04d}.mp4"
-            name = f"{task.source}, record {number}"
-            if target.is_file():
-                yield Outcome(name, THERE_BEFORE)
-            elif isinstance(record, str):
-                yield Outcome(name, record)
-            else:
-                yield Outcome(name, write_clip(target, record, task.view))
-    except OSError as error:
-        yield Outcome(str(task.source), f"cannot be read or written ({error.strerror})")
+    """Convert one file, a record at a time.
+
+    Raises: OSError or av.FFmpegError: if a clip cannot be written.
+    """
+    camera = "" if task.view == LITERATURE_VIEW else f"_{task.view}"  # two views never share a name
+    records = enumerate(read_records(task.source))
+    while True:
+        try:
+            number, record = next(records)
+        except StopIteration:
+            return
+        except OSError as error:
+            yield Outcome(str(task.source), f"cannot be read ({error.strerror})")
+            return
+        target = task.folder / f"{clip_stem(task.source)}_{number:04d}{camera}.mp4"
+        name = f"{task.source}, record {number}"
+        if target.is_file():
+            yield Outcome(name, THERE_BEFORE)
+        elif isinstance(record, str):
+            yield Outcome(name, record)
+        else:
+            yield Outcome(name, write_clip(target, record, task.view))
+
+
+def clip_stem(source: Path) -> str:
+    """A TFRecord file's name without its ending, which may stand before a shard's number."""
+    return re.sub(r"\.tfrecords?(?=-|$)", "", source.name)
 
 
 def write_clip(target: Path, record: bytes, view: str) -> str:
@@ -250,12 +281,11 @@ def convert_whole(task: Task) -> list[Outcome]:
 def outcomes(tasks: Sequence[Task], workers: int) -> Iterator[Outcome]:
     """What becomes of every record, converted by so many processes, a file each."""
     if workers <= 1 or len(tasks) < 2:
-        for task in tasks:
+        for task in tasks:  # here, a record at a time, so that the progress bar moves with each
             yield from convert(task)
         return
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(tasks))) as pool:
-        for finished in pool.imap(convert_whole, tasks):
-            yield from finished
+    for finished in map_in_processes(convert_whole, tasks, workers):
+        yield from finished
 
 
 def find_tasks(source: Path, out_dir: Path, view: str) -> list[Task]:
@@ -268,12 +298,15 @@ def find_tasks(source: Path, out_dir: Path, view: str) -> list[Task]:
     paths = [source] if source.is_file() else sorted(p for p in source.rglob("*tfrecord*") if p.is_file())
     if not paths:
         raise ValueError(f"--source {source}: there is no *.tfrecord or *.tfrecords below it")
-    tasks = {}
+    tasks: dict[tuple[str, str], Task] = {}
+    above = (source.absolute().parent if source.is_file() else source.absolute()).parent
     for path in paths:
-        side = "videos_val" if path.resolve().parent.name.lower() in HELD_OUT else "videos_train"
-        if (side, path.stem) in tasks:
-            raise ValueError(f"--source: {path} and {tasks[side, path.stem].source} would give clips of one name")
-        tasks[side, path.stem] = Task(path, out_dir / side, view)
+        folders = path.absolute().relative_to(above).parts[:-1]  # from the one that is given, or holds the file, on
+        side = "videos_val" if HELD_OUT & {folder.lower() for folder in folders} else "videos_train"
+        key = side, clip_stem(path)
+        if key in tasks:
+            raise ValueError(f"--source: {path} and {tasks[key].source} would give clips of one name")
+        tasks[key] = Task(path, out_dir / side, view)
     return list(tasks.values())
 
 
@@ -286,7 +319,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--out_dir", type=nonempty_path, required=True, help="folder that gets videos_train/, videos_val/"
     )
-    parser.add_argument("--view", default="image_aux1", help="camera: image_aux1, as the literature, or image_main")
+    parser.add_argument("--view", default=LITERATURE_VIEW, help="camera: image_aux1, as the literature, or image_main")
     parser.add_argument("--workers", type=positive_int, default=1, help="files converted at once")
     return parser
 
@@ -300,12 +333,13 @@ def main(argv: list[str] | None = None) -> int:
         tasks = find_tasks(Path(args.source), Path(args.out_dir), args.view)
         for task in tasks:
             task.folder.mkdir(parents=True, exist_ok=True)
-        for outcome in tqdm(outcomes(tasks, args.workers), "converting", unit="clip", disable=None):
+        total = sum(count_records(task.source) for task in tasks)
+        for outcome in tqdm(outcomes(tasks, args.workers), "converting", total, unit="clip", disable=None):
             counts[outcome.what if outcome.what in counts else "skipped"] += 1
             if outcome.what not in counts:
                 tqdm.write(f"skipped {outcome.record}: {outcome.what}", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except (*DECODE_ERRORS, BrokenProcessPool) as error:
+        parser.error(f"{error}")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command goes on where it was\n")
     print(f"{args.out_dir}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))

@@ -227,49 +227,51 @@ def prepare_videos(
     return sides[0], sides[1]
 
 
-def videos_as_trained(
-    checkpoint: dict[str, Any],
-    split: str,
-    data_root: str | None,
-    cache_dir: str | None,
-    save_mp4: Callable[..., None],
-    log: Callable[[str], None] = print,
-) -> tuple[str, list[Video]]:
-    """A data folder and the usable files of one of its splits, divided as the training of a checkpoint divided them.
+def data_as_trained(
+    checkpoint: dict[str, Any], data_root: str | None, cache_dir: str | None, save_mp4: Callable[..., None]
+) -> tuple[str, str]:
+    """The data folder and the folder of its index: as given, or else those of the training of a checkpoint.
 
     Args:
-        checkpoint: whose `args` and `clip_config` say where the clips were, and how they were split.
-        split: "train", "val" or "all", which takes a folder whole.
+        checkpoint: whose `args` are used.
         data_root: folder of MP4 files; None = that of training, the built-in clips included.
         cache_dir: where the index is kept; None = as in training.
         save_mp4: writer of the built-in clips, as `make_synthetic_videos` wants it.
-        log: receives the index's findings.
+    """
+    trained = checkpoint["args"]
+    cache_dir = cache_dir or trained.get("cache_dir") or "outputs/cache"
+    return str(data_root or trained.get("data_root") or make_synthetic_videos(cache_dir, save_mp4)), cache_dir
 
-    Raises: ValueError: as `prepare_videos`, or if the folder holds no usable file.
+
+def split_as_trained(checkpoint: dict[str, Any], data_root: str, cache_dir: str) -> tuple[list[Video], list[Video]]:
+    """The usable files of both splits, divided as the training of a checkpoint divides this folder.
+
+    Raises: ValueError: as `prepare_videos`.
     """
     trained, clip = checkpoint["args"], checkpoint["clip_config"]
-    cache_dir = cache_dir or trained.get("cache_dir") or "outputs/cache"
-    root = data_root or trained.get("data_root") or make_synthetic_videos(cache_dir, save_mp4)
-    span = (clip["num_frames"] - 1) * clip["frame_stride"] + 1
-    if split == "all":
-        return root, usable_videos(root, span, cache_dir, log)
-    train, val = prepare_videos(
-        root, span=span, val_ratio=trained["val_ratio"], seed=trained["seed"], cache_dir=cache_dir,
-        max_videos=trained.get("max_videos"), log=log,
+    return prepare_videos(
+        data_root, span=(clip["num_frames"] - 1) * clip["frame_stride"] + 1, val_ratio=trained["val_ratio"],
+        seed=trained["seed"], cache_dir=cache_dir, max_videos=trained.get("max_videos"),
     )  # fmt: skip
-    return root, {"train": train, "val": val}[split]
 
 
 def usable_videos(
-    data_root: str | Path, span: int, cache_dir: str | Path, log: Callable[[str], None] = print
+    data_root: str | Path, span: int, cache_dir: str | Path, limit: int, log: Callable[[str], None] = print
 ) -> list[Video]:
-    """Every file below a folder that can give a clip of `span` frames, by name.
+    """The first files below a folder, by name, that can give a clip of `span` frames; no more are looked at than that.
 
     Raises: ValueError: if there is none; it counts the files and names the first bad ones.
     """
-    videos = VideoIndex(data_root, cache_dir).lookup(find_videos(data_root), workers=1)
-    usable = [video for video in videos if video.info and video.info.frames >= span]
-    findings = report(videos, span)
+    index, waiting = VideoIndex(data_root, cache_dir), find_videos(data_root)
+    seen: list[Video] = []
+    usable: list[Video] = []
+    while waiting and len(usable) < limit:
+        count = limit - len(usable)
+        videos = index.lookup(waiting[:count], workers=1)
+        waiting = waiting[count:]
+        seen += videos
+        usable += [video for video in videos if video.info and video.info.frames >= span]
+    findings = report(seen, span)
     if not usable:
         raise ValueError(f"--data_root {data_root}: it must hold a usable MP4 file; {'; '.join(findings)}")
     for line in findings:

@@ -11,10 +11,9 @@ libgl1-mesa-dri, or libosmesa6 with MUJOCO_GL=osmesa. Other versions of these re
 """
 
 import atexit
-import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ if __package__ in (None, ""):  # run as a file: Python then looks beside it only
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from utils.flags import Parser, non_negative_int, nonempty_path, positive_int
-from utils.io import save_mp4
+from utils.io import replacing, save_mp4
+from utils.processes import map_in_processes
 
 FRAMES, SIZE, FPS = 30, 64, 10
 RENDERED = 256  # pixels; averaged down to SIZE
@@ -516,36 +516,28 @@ def render_folder(folder: Path, seeds: Sequence[int], workers: int) -> None:
         for path, seed in zip(paths, seeds, strict=True)
         if not (path.is_file() and known.get(path.name, "").split("\t")[1:2] == [str(seed)])
     ]
-    with index.open("w") as file:
-        file.write("\t".join(COLUMNS) + "\n")
-        done = {path.name for path, _ in tasks}
-        file.writelines(f"{line}\n" for name, line in sorted(known.items()) if name not in done)
-        file.flush()
-        for entry in tqdm(rendered(tasks, workers), folder.name, len(tasks), unit="clip", disable=None):
+    missing = {path.name for path, _ in tasks}
+    with replacing(index) as whole:
+        kept = [line for name, line in sorted(known.items()) if name not in missing]
+        whole.write("".join(f"{line}\n" for line in ["\t".join(COLUMNS), *kept]).encode())
+    with index.open("a") as file:
+        for entry in tqdm(map_in_processes(render, tasks, workers), folder.name, len(tasks), unit="clip", disable=None):
             file.write("\t".join(str(entry[name]) for name in COLUMNS) + "\n")
             file.flush()
 
 
-def rendered(tasks: Sequence[tuple[Path, int]], workers: int) -> Iterator[dict[str, Any]]:
-    """Entries of the clips in order, rendered by so many processes."""
-    if workers <= 1 or len(tasks) < 2:
-        yield from map(render, tasks)
-        return
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(tasks))) as pool:  # OpenGL does not survive a fork
-        yield from pool.imap(render, tasks)
-
-
 def check_setup() -> None:
     """Raises: ValueError: saying what to install, unless a frame can be rendered here."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
     if find_spec("metaworld") is None or find_spec("mujoco") is None:
         raise ValueError(f"rendering {SETUP}")
     try:
-        import mujoco
+        import mujoco  # loads OpenGL
 
         mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
-    except (ImportError, AttributeError, RuntimeError, mujoco.FatalError) as error:
-        raise ValueError(f"rendering {SETUP}: {error}") from error
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # what PyOpenGL and MuJoCo raise without it
+        raise ValueError(f"rendering {SETUP}; {type(error).__name__}: {error}") from error
 
 
 def build_parser() -> Parser:

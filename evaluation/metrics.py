@@ -4,7 +4,6 @@ Only generated frames are scored. Frames are compared as the 8-bit pictures that
 published protocol, which is taken before rounding.
 """
 
-import hashlib
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from utils.io import file_sha256
 from utils.video_utils import PSNR_CEILING, frame_psnr, join_clip, to_float, to_gray, to_uint8
 
 METRICS = ("psnr", "ssim", "lpips", "temporal", "diversity", "fvd")
-LOWER_IS_BETTER = {"lpips", "temporal_l1", "fvd"}
+HIGHER_IS_BETTER = {"psnr", "psnr_clip", "ssim"}
 SSIM_WINDOW = 11  # pixels: a Gaussian of deviation 1.5 cut at 3.5 deviations, as scikit-image's
 LPIPS_SIZE = 128  # pixels, as MCVD's code; AlexNet needs more than small frames have
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
@@ -26,12 +26,6 @@ ALEXNET_SHA256 = "7be5be79"  # its first digits, which torchvision puts into the
 def alexnet_path() -> Path:
     """Where torchvision looks for the backbone of LPIPS before it would download it."""
     return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_URL.rsplit("/", 1)[1]
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def missing_for(metric: str, size: int) -> str | None:
@@ -158,8 +152,8 @@ class Scorer:
         columns: dict[str, Tensor] = {}
         if "psnr" in self.metrics:
             frames = frame_psnr(middle, truth)
-            rounded = middle if self.published else to_float(to_uint8(middle))
-            columns |= {"psnr": frames.mean(1), "psnr_clip": clip_psnr(rounded, truth), "psnr_frames": frames}
+            seen = middle.clamp(-1, 1) if self.published else to_float(to_uint8(middle))
+            columns |= {"psnr": frames.mean(1), "psnr_clip": clip_psnr(seen, truth), "psnr_frames": frames}
         if "ssim" in self.metrics:
             columns["ssim"] = ssim(middle, truth, gray=self.published)
         if self.lpips is not None:

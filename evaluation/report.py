@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import imageio.v3 as iio
 from torch import Tensor
 
 from evaluation.protocols import PUBLISHED, rules
 from evaluation.results import Estimate, Row
-from utils.io import animated_png
 from utils.records import save_training_curves
 
 COLUMNS = {  # score -> (title, decimals)
@@ -40,8 +40,10 @@ class Findings(NamedTuple):
     Attributes:
         title: clips, frames and protocol in one line.
         rows: of the table.
+        curves: of the methods that differ in their number of steps only, the name that they share.
         protocol: its name.
         differences: what differs from the published protocol, if that is the one.
+        weights: files that scores were computed with, with their hashes.
         failures: clips left out, with the reason.
         frames: numbers of the generated frames within a clip.
         positions: PSNR in dB of each generated frame, by method; {} if it was not measured.
@@ -49,15 +51,17 @@ class Findings(NamedTuple):
 
     title: str
     rows: list[Row]
+    curves: dict[str, str]
     protocol: str
     differences: list[str]
+    weights: list[str]
     failures: list[str]
     frames: Sequence[int]
     positions: dict[str, list[float]]
 
     def rules(self) -> list[str]:
-        """What the columns of the table mean."""
-        return rules(self.protocol, {name for row in self.rows for name in row.scores})
+        """What the columns of the table mean, and what they were computed with."""
+        return [*rules(self.protocol, {name for row in self.rows for name in row.scores}), *self.weights]
 
     def as_json(self) -> dict[str, Any]:
         """The findings as plain types."""
@@ -92,10 +96,12 @@ def as_page(findings: Findings, pictures: str, history: dict[str, Any] | None, f
         facts: settings, versions and fingerprints.
     """
     sections = [("Scores", html_table(table_cells(findings.rows)) + bullet_list(findings.rules()))]
+    if findings.failures:
+        sections.append(("Left out, unreadable", bullet_list(findings.failures)))
     if findings.differences:
         sections.append(("Published", html_table(published_cells()) + bullet_list(findings.differences)))
     sections.append(("Clips", pictures))
-    plot = quality_against_work(findings.rows)
+    plot = quality_against_work(findings)
     if plot:
         sections.append(("Quality against work", plot))
     if findings.positions:
@@ -126,7 +132,7 @@ def show(value: Estimate | None, decimals: int) -> str:
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table as text, its titles first; columns that no row has are left out."""
     used = [name for name in COLUMNS if any(name in row.scores for row in rows)]
-    titles = ["method", "samples", *(COLUMNS[name][0] for name in used), "forwards", "s / sample"]
+    titles = ["method", "samples", *(COLUMNS[name][0] for name in used), "forwards / sample", "s / sample"]
     cells = [titles]
     for row in rows:
         scores = (show(row.scores.get(name), COLUMNS[name][1]) for name in used)
@@ -175,13 +181,12 @@ def line_plot(
     return svg_element(text.getvalue())
 
 
-def quality_against_work(rows: Sequence[Row]) -> str | None:
-    """PSNR against network forwards, a curve per sampler and guidance; None where no two numbers of steps were run."""
+def quality_against_work(findings: Findings) -> str | None:
+    """PSNR against network forwards, as an SVG element; None where no two numbers of steps were run."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if row.nfe and "psnr" in row.scores and not row.samples.startswith(("best", "mean image")):
-            sampler, _, rest = row.method.removeprefix("ours, ").partition(" ")  # "ddim 5 steps, guidance 1"
-            curves.setdefault(sampler + rest.partition(" steps")[2], []).append((row.nfe, row.scores["psnr"].mean))
+    for row in findings.rows:
+        if row.method in findings.curves and row.kind == "mean" and "psnr" in row.scores:
+            curves.setdefault(findings.curves[row.method], []).append((row.nfe, row.scores["psnr"].mean))
     if max(map(len, curves.values()), default=0) < 2:
         return None
     lines = {name: tuple(zip(*sorted(points), strict=True)) for name, points in curves.items()}
@@ -193,7 +198,7 @@ def training_curves(history: dict[str, Any]) -> str:
     file = io.BytesIO()
     if not history["train"]:
         return "<p>The checkpoint holds no history.</p>"
-    if not save_training_curves(file, history, "svg"):
+    if not save_training_curves(file, history, file_format="svg"):
         return "<p>Curves need matplotlib: pip install matplotlib</p>"
     return svg_element(file.getvalue().decode())
 
@@ -227,6 +232,9 @@ def settings_list(settings: dict[str, Any]) -> str:
 
 def animation(frames: Tensor, caption: str, fps: float) -> str:
     """Frames uint8 [3,T,H,W] as a looping picture inside the page, with its caption."""
-    data = base64.b64encode(animated_png(frames, fps)).decode()
+    file = io.BytesIO()  # an animated PNG: lossless, unlike a GIF
+    pictures = frames.permute(1, 2, 3, 0).numpy()  # [T,H,W,3]
+    iio.imwrite(file, pictures, plugin="pillow", extension=".png", duration=1000 / fps, loop=0)
+    data = base64.b64encode(file.getvalue()).decode()
     picture = f'<img alt="" src="data:image/png;base64,{data}">'
     return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"

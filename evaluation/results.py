@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evaluation.fvd import feature_distance
-from evaluation.metrics import LOWER_IS_BETTER
+from evaluation.metrics import HIGHER_IS_BETTER
 from utils.io import replacing
 
 SCORES = ("psnr", "psnr_clip", "ssim", "lpips", "temporal_l1")  # numbers that a single sample of a clip has
@@ -20,13 +20,14 @@ CONFIDENCE = 0.95
 class PerClipResults:
     """The file per_clip.jsonl: a line of settings, then a line per clip, and features/ with what FVD needs.
 
-    Lines are written a batch at a time, and a batch of which any line is missing is evaluated again: whatever moment
-    a run was stopped at, the clips that are done are those of an undisturbed run, bit for bit.
+    Lines are written a batch at a time, and a batch of which any line is missing is evaluated again: whatever moment a
+    run was stopped at, with the same batch size the scores become those of an undisturbed run, bit for bit. Lines of
+    clips that are not asked for now are kept.
 
     Args:
         out_dir: the folder; made if need be.
         settings: everything that changes a score.
-        clips: what identifies each clip (name, sha256, frames used); lines of other clips are not used.
+        clips: what identifies each clip (name, sha256, first frame); a line of another clip is not used.
         overwrite: begin anew, whatever is there.
 
     Raises: ValueError: if the folder holds results of other settings, or cannot be written.
@@ -35,32 +36,41 @@ class PerClipResults:
     def __init__(self, out_dir: Path, settings: dict[str, Any], clips: Sequence[dict[str, Any]], overwrite: bool):
         self.path = out_dir / "per_clip.jsonl"
         self.features = out_dir / "features"
+        self.settings = json.loads(json.dumps(settings))
         self.clips = list(clips)
-        settings = json.loads(json.dumps(settings))
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
-            lines = read_lines(self.path) if not overwrite else []
-            if lines and lines[0].get("settings") != settings:
-                before = lines[0].get("settings") or {}
-                name = next((key for key in settings if before.get(key) != settings[key]), "settings")
-                raise ValueError(
-                    f"--out_dir {out_dir} holds an evaluation with {name} = {before.get(name)} (now "
-                    f"{settings.get(name)}); choose another folder or pass --overwrite"
-                )
-            self.lines = {
-                line["clip"]: line
-                for line in lines[1:]
-                if line.get("clip", -1) in range(len(clips)) and line.get("source") == clips[line["clip"]]
-            }
-            kept = [{"settings": settings}, *self.lines.values()]
-            with replacing(self.path) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            head, *lines = (read_lines(self.path) if not overwrite else []) or [{"settings": self.settings}]
+            self.refuse_others(head.get("settings", {}))
+            self.stored = {line["clip"]: line for line in lines}
+            self.tidy()
         except OSError as error:
             raise ValueError(f"--out_dir {out_dir}: cannot be used ({error.strerror})") from error
 
+    def refuse_others(self, before: dict[str, Any]) -> None:
+        """Raises: ValueError: if the folder's settings are not those of now, naming the first that differs."""
+        for name in self.settings | before:
+            was, now = before.get(name), self.settings.get(name)
+            if was != now:
+                raise ValueError(
+                    f"--out_dir {self.path.parent} holds an evaluation with {name} = {was} (now {now}); "
+                    "choose another folder or pass --overwrite"
+                )
+
+    def tidy(self) -> None:
+        """Write the file anew, in order and each clip once, without what was cut short."""
+        lines = [{"settings": self.settings}, *(self.stored[number] for number in sorted(self.stored))]
+        with replacing(self.path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
     def has(self, numbers: Iterable[int]) -> bool:
-        """Whether all of these clips are done."""
-        return all(number in self.lines for number in numbers)
+        """Whether all of these clips are scored; one that could not be read is worth another try."""
+        return all(self.is_of(number, "methods") for number in numbers)
+
+    def is_of(self, number: int, key: str) -> bool:
+        """Whether there is a line with `key` for this very clip."""
+        line = self.stored.get(number, {})
+        return key in line and line["source"] == self.clips[number]
 
     def add(self, lines: Sequence[dict[str, Any]], features: dict[int, dict[str, np.ndarray]]) -> None:
         """Write a batch: its FVD features first, by clip and method, then its lines in one go."""
@@ -70,16 +80,16 @@ class PerClipResults:
         lines = [line | {"source": self.clips[line["clip"]]} for line in lines]
         with self.path.open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self.lines |= {line["clip"]: line for line in lines}
+        self.stored |= {line["clip"]: line for line in lines}
 
     def scored(self) -> list[dict[str, Any]]:
-        """The lines of all clips that could be read, in order."""
-        return [self.lines[number] for number in sorted(self.lines) if "failure" not in self.lines[number]]
+        """The lines of all clips that are asked for and could be read, in order."""
+        return [self.stored[number] for number in range(len(self.clips)) if self.is_of(number, "methods")]
 
     def failures(self) -> list[str]:
         """Clips that could not be read, with the reason."""
-        lines = (self.lines[number] for number in sorted(self.lines))
-        return [f"{line['source']['name']} ({line['failure']})" for line in lines if "failure" in line]
+        lines = [self.stored[number] for number in range(len(self.clips)) if self.is_of(number, "failure")]
+        return [f"{line['source']['name']} ({line['failure']})" for line in lines]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -94,7 +104,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Estimate(NamedTuple):
-    """A mean over clips and its 95 % bootstrap interval."""
+    """A mean over clips and its 95 % bootstrap interval, whose ends are NaN where there is none."""
 
     mean: float
     low: float
@@ -107,20 +117,38 @@ def estimate(values: Sequence[float]) -> Estimate:
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
     """
     values = np.asarray(values, np.float64)
-    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    if len(values) < 2:
+        return Estimate(float(values.mean()), float("nan"), float("nan"))
+    rng = np.random.default_rng(0)
+    blocks = [values[rng.integers(len(values), size=(50, len(values)))].mean(axis=1) for _ in range(RESAMPLES // 50)]
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(values[chosen].mean(axis=1), [tail, 100 - tail])
+    low, high = np.percentile(np.concatenate(blocks), [tail, 100 - tail])
     return Estimate(float(values.mean()), float(low), float(high))
 
 
 class Row(NamedTuple):
-    """One line of the table: a method, which of its samples count, and its scores over the clips."""
+    """One line of the table.
+
+    Attributes:
+        method: its name.
+        kind: "mean" over samples, "mean image" of them, or "best" of them per clip and score.
+        count: how many samples that is about.
+        scores: over the clips, by name.
+        nfe: network forwards per sample.
+        seconds: per sample, the median over clips.
+    """
 
     method: str
-    samples: str
+    kind: str
+    count: int
     scores: dict[str, Estimate]
     nfe: int
     seconds: float
+
+    @property
+    def samples(self) -> str:
+        """Which samples count, in words."""
+        return "1" if self.count == 1 else f"{self.kind} of {self.count}"
 
     def as_json(self) -> dict[str, Any]:
         """The row as plain types; an interval that does not exist is null."""
@@ -128,7 +156,7 @@ class Row(NamedTuple):
             name: {end: None if math.isnan(value) else value for end, value in estimate._asdict().items()}
             for name, estimate in self.scores.items()
         }
-        return self._asdict() | {"scores": scores}
+        return self._asdict() | {"samples": self.samples, "scores": scores}
 
 
 def summarise(lines: Sequence[dict[str, Any]], method: str, features: Path | None) -> list[Row]:
@@ -143,7 +171,7 @@ def summarise(lines: Sequence[dict[str, Any]], method: str, features: Path | Non
         features: folder of FVD features; None = no FVD.
     """
     found = [line["methods"][method] for line in lines]
-    nfe, seconds = found[0]["nfe"], float(np.mean([entry["seconds"] for entry in found]))
+    nfe, seconds = found[0]["nfe"], float(np.median([entry["seconds"] for entry in found]))
     names = [name for name in SCORES if name in found[0]["samples"][0]]
     table = {name: np.array([[s[name] for s in entry["samples"]] for entry in found]) for name in names}  # [clips,N]
     n = len(found[0]["samples"])
@@ -155,24 +183,27 @@ def summarise(lines: Sequence[dict[str, Any]], method: str, features: Path | Non
         distance = video_distance(features, [line["clip"] for line in lines], method)
         mean["fvd"] = Estimate(distance, float("nan"), float("nan"))
     if n == 1:
-        return [Row(method, "1", mean, nfe, seconds)]
+        return [Row(method, "mean", 1, mean, nfe, seconds)]
     image = {name: estimate([entry["mean_image"][name] for entry in found]) for name in names}
-    rows = [Row(method, f"mean of {n}", mean, nfe, seconds), Row(method, f"mean image of {n}", image, nfe, seconds)]
+    rows = [Row(method, "mean", n, mean, nfe, seconds), Row(method, "mean image", n, image, nfe, seconds)]
     for count in sorted({min(10, n), n}):
         best = {
-            name: estimate((values[:, :count].min if name in LOWER_IS_BETTER else values[:, :count].max)(axis=1))
+            name: estimate((values[:, :count].max if name in HIGHER_IS_BETTER else values[:, :count].min)(axis=1))
             for name, values in table.items()
         }
-        rows.append(Row(method, f"best of {count}", best, nfe, seconds))
+        rows.append(Row(method, "best", count, best, nfe, seconds))
     return rows
 
 
 def video_distance(features: Path, clips: Sequence[int], method: str) -> float:
     """FVD of whole clips: the mean over samples of each sample's distance from the truth, as MCVD averages."""
-    stored = [np.load(features / f"{clip:05d}.npz") for clip in clips]
-    truth = np.stack([arrays["truth"] for arrays in stored])  # [clips,D]
-    generated = np.stack([arrays[method] for arrays in stored])  # [clips,N,D]
-    return float(np.mean([feature_distance(generated[:, n], truth) for n in range(generated.shape[1])]))
+    truth, generated = [], []
+    for clip in clips:
+        with np.load(features / f"{clip:05d}.npz") as arrays:
+            truth.append(arrays["truth"])
+            generated.append(arrays[method])  # [N,D]
+    per_sample = np.stack(generated, axis=1)  # [N,clips,D]
+    return float(np.mean([feature_distance(sample, np.stack(truth)) for sample in per_sample]))
 
 
 def error_by_position(lines: Sequence[dict[str, Any]], method: str) -> list[float]:

@@ -152,6 +152,34 @@ def test_a_lossy_encoder_is_noticed(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "mp4/videos_train").iterdir())
 
 
+def test_folders_anywhere_above_say_the_split_and_links_are_not_followed(tmp_path):
+    write(tmp_path / "far/away.tfrecords", record(0))
+    for place in ("test/part1/a.tfrecords", "train/b.tfrecord-00000-of-00002", "train/b.tfrecord-00001-of-00002"):
+        write(tmp_path / "bair" / place, record(0))
+    (tmp_path / "bair/test/c.tfrecords").symlink_to(tmp_path / "far/away.tfrecords")
+    tasks = bair_to_mp4.find_tasks(tmp_path / "bair", tmp_path, "image_aux1")
+    assert [(task.folder.name, bair_to_mp4.clip_stem(task.source)) for task in tasks] == [
+        ("videos_val", "c"), ("videos_val", "a"), ("videos_train", "b-00000-of-00002"),
+        ("videos_train", "b-00001-of-00002"),
+    ]  # fmt: skip
+    alone = bair_to_mp4.find_tasks(tmp_path / "bair/test/part1", tmp_path, "image_aux1")
+    assert alone[0].folder.name == "videos_train"  # what stands above the folder that is given says nothing
+    for given in (tmp_path / "bair/test", tmp_path / "bair/test/c.tfrecords"):
+        assert bair_to_mp4.find_tasks(given, tmp_path, "image_aux1")[0].folder.name == "videos_val"
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "a.tfrecords", record(0), record(1))
+
+    def full(path, *rest, **more):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(bair_to_mp4, "save_mp4", full)
+    with pytest.raises(SystemExit) as stop:
+        main(["--source", str(source), "--out_dir", str(tmp_path / "mp4")])
+    assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
+
+
 def test_every_feature_of_an_example_is_found():
     assert bytes_features(example({"a": b"1", "b": b"22"})) == {"a": b"1", "b": b"22"}
 
@@ -170,6 +198,6 @@ def test_the_view_can_be_chosen(tmp_path):
     both = {f"{i}/image_main/encoded": frame.tobytes() for i, frame in enumerate(pictures(5))}
     source = write(tmp_path / "a.tfrecords", record(0, **both))
     assert main(["--source", str(source), "--out_dir", str(tmp_path / "mp4"), "--view", "image_main"]) == 0
-    path = tmp_path / "mp4/videos_train/a_0000.mp4"
+    path = tmp_path / "mp4/videos_train/a_0000_image_main.mp4"
     frame = next(read_frames(path, [0], probe_video(path)))
     assert torch.equal(frame, torch.from_numpy(pictures(5)[0]).permute(2, 0, 1))

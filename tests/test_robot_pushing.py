@@ -1,5 +1,10 @@
 """The simulated robot clips: the same bytes every time, and one line where they cannot be rendered."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from data import robot_pushing
@@ -55,3 +60,14 @@ def test_without_a_simulator_one_line_says_what_to_install(tmp_path, monkeypatch
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "pip install metaworld==3.1.1" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_without_opengl_one_line_says_what_to_install(tmp_path):
+    if robot_pushing.find_spec("mujoco") is None:
+        pytest.skip("MuJoCo is not installed: pip install metaworld==3.1.1")
+    script = Path(robot_pushing.__file__)
+    done = subprocess.run(
+        [sys.executable, script, "--out_dir", tmp_path / "out"], capture_output=True, text=True,
+        env=os.environ | {"MUJOCO_GL": "bogus"},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "libegl1" in done.stderr

@@ -1,7 +1,7 @@
 """Bytes on disk: images in, and PNG, MP4, GIF and contact sheets out."""
 
 import contextlib
-import io
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -60,13 +60,6 @@ def save_png(path: str | Path, image: Tensor) -> None:
 def save_gif(path: str | Path, clip: Tensor, fps: float) -> None:
     """Write a uint8 clip [C,T,H,W] as a looping GIF."""
     iio.imwrite(path, frames_last(clip), plugin="pillow", extension=".gif", duration=1000 / fps, loop=0)
-
-
-def animated_png(frames: Tensor, fps: float) -> bytes:
-    """uint8 frames [3,T,H,W] as a looping picture that browsers play; lossless, unlike a GIF."""
-    file = io.BytesIO()
-    iio.imwrite(file, frames_last(frames), plugin="pillow", extension=".png", duration=1000 / fps, loop=0)
-    return file.getvalue()
 
 
 def save_mp4(
@@ -133,6 +126,12 @@ def framed(frame: Tensor, observed: bool) -> Tensor:
 def observed_frames(num_frames: int, endpoint_context: int) -> list[bool]:
     """Which of a clip's frames are given to the model: the first and the last `endpoint_context`."""
     return [i < endpoint_context or i >= num_frames - endpoint_context for i in range(num_frames)]
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

