@@ -121,7 +121,7 @@ def build_parser() -> Parser:
         "--num_samples", type=positive_int, help="different middles for each clip; None = 1, or 10 under mcvd"
     )
     group.add_argument(
-        "--batch_size", type=positive_int, default=16, help="samples at once; a clip's result does not depend on it"
+        "--batch_size", type=positive_int, default=16, help="samples at once; a score depends on it by rounding only"
     )
     add_sampler_flags(group, SAMPLERS, several=True)
     return parser

@@ -95,7 +95,7 @@ def test_every_flag_named_in_the_readme_exists():
 
 def test_every_file_linked_from_the_readme_exists():
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).is_file(), target
+        assert target.startswith(("https://", "http://")) or (ROOT / target).is_file(), target
 
 
 def test_the_parameter_count_in_the_readme_is_the_default_networks():
