@@ -460,7 +460,7 @@ def sum_up(
     return report.Findings(
         title=f"{len(lines)} clips of {args.num_frames} frames ({k} + {k} given, {m} generated), "
         f"{args.size}x{args.size} {args.color_mode}, protocol {args.protocol}",
-        rows=[row for name in methods for row in summarise(lines, name, features)],
+        rows=[row for name in methods for row in summarise(lines, name, methods[0], features)],
         curves={method.name: method.curve for method in evaluator.methods if method.curve},
         protocol=args.protocol,
         differences=differences,

@@ -46,9 +46,11 @@ MCVD_RULES = NATIVE_RULES | {
 
 
 def rules(protocol: str, scores: Collection[str]) -> list[str]:
-    """What the columns of a table with these scores mean."""
+    """What the columns of a table with these scores mean; "versus_first" is the difference from the first row."""
     meanings = MCVD_RULES if protocol == "mcvd" else NATIVE_RULES
     lines = [meaning for name, meaning in meanings.items() if name in scores]
+    if "versus_first" in scores:
+        lines.append("PSNR - first row: mean of the differences per clip; metrics.json has those of every score")
     return [*lines, "only generated frames are scored; [low, high]: 95 % bootstrap interval over clips"]
 
 

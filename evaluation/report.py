@@ -61,7 +61,9 @@ class Findings(NamedTuple):
 
     def rules(self) -> list[str]:
         """What the columns of the table mean, and what they were computed with."""
-        return [*rules(self.protocol, {name for row in self.rows for name in row.scores}), *self.weights]
+        scores = {name for row in self.rows for name in row.scores}
+        compared = {"versus_first"} if any("psnr" in row.versus_first for row in self.rows) else set()
+        return [*rules(self.protocol, scores | compared), *self.weights]
 
     def as_json(self) -> dict[str, Any]:
         """The findings as plain types."""
@@ -120,22 +122,24 @@ def error_by_frame(findings: Findings) -> str:
     return html_table(cells) + (line_plot(curves, "frame", "PSNR, dB") or "")
 
 
-def show(value: Estimate | None, decimals: int) -> str:
+def show(value: Estimate | None, decimals: int, signed: bool = False) -> str:
     """A mean with its interval, if it has one."""
     if value is None:
         return ""
-    if math.isnan(value.low):
-        return f"{value.mean:.{decimals}f}"
-    return f"{value.mean:.{decimals}f} [{value.low:.{decimals}f}, {value.high:.{decimals}f}]"
+    mean, low, high = (f"{number:{'+' if signed else ''}.{decimals}f}" for number in value)
+    return mean if math.isnan(value.low) else f"{mean} [{low}, {high}]"
 
 
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table as text, its titles first; columns that no row has are left out."""
     used = [name for name in COLUMNS if any(name in row.scores for row in rows)]
     titles = ["method", "samples", *(COLUMNS[name][0] for name in used), "forwards / sample", "s / sample"]
-    cells = [titles]
+    compared = any("psnr" in row.versus_first for row in rows)
+    cells = [[*titles[:3], "PSNR - first row", *titles[3:]] if compared else titles]
     for row in rows:
-        scores = (show(row.scores.get(name), COLUMNS[name][1]) for name in used)
+        scores = [show(row.scores.get(name), COLUMNS[name][1]) for name in used]
+        if compared:
+            scores.insert(1, show(row.versus_first.get("psnr"), 2, signed=True))
         cells.append([row.method, row.samples, *scores, str(row.nfe), f"{row.seconds:.3g}"])
     return cells
 

@@ -134,6 +134,7 @@ class Row(NamedTuple):
         kind: "mean" over samples, "mean image" of them, or "best" of them per clip and score.
         count: how many samples that is about.
         scores: over the clips, by name.
+        versus_first: differences from the first row, paired over the clips, of the mean over samples; {} elsewhere.
         nfe: network forwards per sample.
         seconds: per sample, the median over clips.
     """
@@ -142,6 +143,7 @@ class Row(NamedTuple):
     kind: str
     count: int
     scores: dict[str, Estimate]
+    versus_first: dict[str, Estimate]
     nfe: int
     seconds: float
 
@@ -152,14 +154,14 @@ class Row(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """The row as plain types; an interval that does not exist is null."""
-        scores = {
-            name: {end: None if math.isnan(value) else value for end, value in estimate._asdict().items()}
-            for name, estimate in self.scores.items()
-        }
-        return self._asdict() | {"samples": self.samples, "scores": scores}
+        scores, versus_first = (
+            {name: {end: None if math.isnan(x) else x for end, x in e._asdict().items()} for name, e in group.items()}
+            for group in (self.scores, self.versus_first)
+        )
+        return self._asdict() | {"samples": self.samples, "scores": scores, "versus_first": versus_first}
 
 
-def summarise(lines: Sequence[dict[str, Any]], method: str, features: Path | None) -> list[Row]:
+def summarise(lines: Sequence[dict[str, Any]], method: str, first: str, features: Path | None) -> list[Row]:
     """The rows of one method.
 
     A single sample has one row. Of N there are the mean over all samples, the score of their mean image, and the best
@@ -168,13 +170,16 @@ def summarise(lines: Sequence[dict[str, Any]], method: str, features: Path | Non
     Args:
         lines: the scored clips.
         method: as named in the lines.
+        first: the method of the first row.
         features: folder of FVD features; None = no FVD.
     """
     found = [line["methods"][method] for line in lines]
     nfe, seconds = found[0]["nfe"], float(np.median([entry["seconds"] for entry in found]))
-    names = [name for name in SCORES if name in found[0]["samples"][0]]
-    table = {name: np.array([[s[name] for s in entry["samples"]] for entry in found]) for name in names}  # [clips,N]
+    table, reference = score_table(lines, method), score_table(lines, first)
     n = len(found[0]["samples"])
+    versus_first = {}
+    if method != first:
+        versus_first = {name: estimate(table[name].mean(axis=1) - reference[name].mean(axis=1)) for name in table}
 
     mean = {name: estimate(values.mean(axis=1)) for name, values in table.items()}
     if n > 1 and "diversity" in found[0]:
@@ -183,16 +188,26 @@ def summarise(lines: Sequence[dict[str, Any]], method: str, features: Path | Non
         distance = video_distance(features, [line["clip"] for line in lines], method)
         mean["fvd"] = Estimate(distance, float("nan"), float("nan"))
     if n == 1:
-        return [Row(method, "mean", 1, mean, nfe, seconds)]
-    image = {name: estimate([entry["mean_image"][name] for entry in found]) for name in names}
-    rows = [Row(method, "mean", n, mean, nfe, seconds), Row(method, "mean image", n, image, nfe, seconds)]
+        return [Row(method, "mean", 1, mean, versus_first, nfe, seconds)]
+    image = {name: estimate([entry["mean_image"][name] for entry in found]) for name in table}
+    rows = [
+        Row(method, "mean", n, mean, versus_first, nfe, seconds),
+        Row(method, "mean image", n, image, {}, nfe, seconds),
+    ]
     for count in sorted({min(10, n), n}):
         best = {
             name: estimate((values[:, :count].max if name in HIGHER_IS_BETTER else values[:, :count].min)(axis=1))
             for name, values in table.items()
         }
-        rows.append(Row(method, "best", count, best, nfe, seconds))
+        rows.append(Row(method, "best", count, best, {}, nfe, seconds))
     return rows
+
+
+def score_table(lines: Sequence[dict[str, Any]], method: str) -> dict[str, np.ndarray]:
+    """The scores of every clip and sample, [clips,N] by name."""
+    samples = [line["methods"][method]["samples"] for line in lines]
+    names = [name for name in SCORES if name in samples[0][0]]
+    return {name: np.array([[sample[name] for sample in row] for row in samples]) for name in names}
 
 
 def video_distance(features: Path, clips: Sequence[int], method: str) -> float:

@@ -354,6 +354,11 @@ def test_a_summary_averages_over_samples_first_then_over_clips():
         {"clip": i, "methods": {"m": {"samples": [sample(a), sample(b)], "mean_image": sample(9.0), "nfe": 4,
          "seconds": 1.0}}} for i, (a, b) in enumerate([(1.0, 3.0), (5.0, 11.0)])
     ]  # fmt: skip
-    mean, image, best = summarise(lines, "m", None)
+    for line, value in zip(lines, (2.0, 4.0), strict=True):
+        line["methods"]["first"] = {"samples": [sample(value)], "nfe": 0, "seconds": 0.0}
+    mean, image, best = summarise(lines, "m", "first", None)
     assert mean.scores["psnr"].mean == 5 and image.scores["psnr"].mean == 9 and best.scores["psnr"].mean == 7
     assert (mean.nfe, best.samples) == (4, "best of 2")
+    # per clip 0 and 4 more than the first method
+    assert mean.versus_first["psnr"] == (2, 0, 4) and not best.versus_first
+    assert not summarise(lines, "first", "first", None)[0].versus_first
