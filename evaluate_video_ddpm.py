@@ -154,8 +154,6 @@ def settle(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
             if getattr(args, name) is None:
                 setattr(args, name, value)
         check_frame_count(args)
-        if not args.baselines:
-            raise ValueError("there is nothing to score: give --ckpt, or --baselines")
     defaults = {
         "split": "all" if checkpoint is None else "val",
         "window": "random" if published else "central",
@@ -187,6 +185,8 @@ def drop_what_is_missing(args: argparse.Namespace, log: Callable[[str], None] = 
     args.baselines = [name for name in args.baselines if not absent[name]]
     if not args.metrics:
         raise ValueError("--metrics: none of those asked for can be computed here")
+    if not args.ckpt and not args.baselines:
+        raise ValueError("--baselines: none of those asked for can run here")
 
 
 # --- clips ------------------------------------------------------------------------------------------------------------
@@ -211,6 +211,9 @@ def choose_videos(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -
             raise ValueError(
                 f"--data_root {args.data_root}: none of {len(videos)} clips has the {needed} frames needed"
             )
+    trained_on = checkpoint["args"].get("data_root") if checkpoint is not None else None
+    if args.split != "val" and trained_on and os.path.realpath(trained_on) == os.path.realpath(args.data_root):
+        print(f"note: {args.ckpt} was trained on clips of this split", file=sys.stderr)
     few = len(chosen) < args.num_videos and args.split == "val"
     hint = "; --split all takes a whole folder that training never saw" if few else ""
     print(f"scoring {len(chosen)} clips, split {args.split} of {args.data_root}{hint}")

@@ -245,7 +245,9 @@ def test_the_split_is_that_of_training(ckpt, tmp_path, capsys):
         assert main([*argv, "--baselines", "--metrics", "psnr"]) == 0
         names[split] = {line["source"]["name"] for line in lines_of(tmp_path / split)}
     assert names["val"] and not names["val"] & names["train"] and names["val"] | names["train"] == names["all"]
-    assert "--split all takes a whole folder" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "--split all takes a whole folder" in printed.out
+    assert printed.err.count("was trained on clips of this split") == 2  # train and all
 
 
 def test_a_clip_that_cannot_be_read_is_named_and_left_out(evaluate, monkeypatch, tmp_path, capsys):
@@ -289,6 +291,11 @@ def test_without_a_checkpoint_the_data_must_be_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--out_dir", str(tmp_path / "out")])
     assert "without --ckpt, --data_root must be given" in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_there_must_be_a_baseline(evaluate, capsys):
+    evaluate("--baselines", checkpoint=None, status=2)
+    assert "--baselines: none of those asked for can run here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("k", "t"), [(1, 4), (3, 9)])
