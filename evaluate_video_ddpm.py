@@ -431,7 +431,7 @@ def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipRe
         wholes = [to_uint8(join_clip(start, middle, end))[0] for middle in middles]
         frames = side_by_side(wholes, observed_frames(args.num_frames, args.endpoint_context))
         value = line["methods"][method.name]["samples"][0].get(score)
-        quality = "" if value is None else f", {report.COLUMNS[score][0]} {value:.{report.COLUMNS[score][1]}f}"
+        quality = "" if value is None else f", {report.COLUMNS[score][0]}: {value:.{report.COLUMNS[score][1]}f}"
         caption = f"{title}: {line['source']['name']}{quality} - truth, {method.name}, cross-fade (orange = given)"
         parts.append(report.animation(frames, caption, FPS))
     return "\n".join(parts)

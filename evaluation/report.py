@@ -26,7 +26,7 @@ COLUMNS = {  # score -> (title, decimals)
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 95rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .7rem; text-align: right; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .2rem .5rem; text-align: right; font-size: 13px; }
 th { border-bottom: 2px solid #444; } td { border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; } figure { margin: 1.5rem 0; } figcaption, li, details { color: #555; }
@@ -173,13 +173,13 @@ def line_plot(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, max(3.4, 0.25 * len(curves))), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     for name, (x, y) in curves.items():
         axes.plot(x, y, "o-", label=name, markersize=4)
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return svg_element(text.getvalue())
