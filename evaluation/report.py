@@ -26,7 +26,8 @@ COLUMNS = {  # score -> (title, decimals)
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 95rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .2rem .5rem; text-align: right; font-size: 13px; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
+th, td { padding: .2rem .5rem; text-align: right; }
 th { border-bottom: 2px solid #444; } td { border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; } figure { margin: 1.5rem 0; } figcaption, li, details { color: #555; }
@@ -179,6 +180,9 @@ def line_plot(
     for name, (x, y) in curves.items():
         axes.plot(x, y, "o-", label=name, markersize=4)
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
+    ticks = sorted({value for x, _ in curves.values() for value in x})
+    axes.set_xticks(ticks, labels=list(map(str, ticks)))
+    axes.minorticks_off()
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
