@@ -16,8 +16,7 @@ class PublishedRow(NamedTuple):
     ssim: float
 
 
-# The interpolation table of MCVD (Voleti et al. 2022, arXiv:2205.09853), BAIR 64x64. Entered from notes: compare with
-# the paper before citing.
+# The interpolation table of MCVD (Voleti et al. 2022, arXiv:2205.09853), BAIR 64x64, entered from notes.
 PUBLISHED = (
     PublishedRow("SVG-LP", "18 -> 7", 100, 18.648, 0.846),
     PublishedRow("SDVI", "16 -> 7", 100, 19.694, 0.852),
@@ -75,5 +74,6 @@ def differences_from_mcvd(settings: dict[str, Any], clips: int, trained_frames: 
     if trained_frames not in (None, MCVD["num_frames"]):
         found.append(f"the model was trained on clips of {trained_frames} frames, not 9")
     found.append("FVD, if any, is of 9 frames; MCVD's code takes it from 10 on and prints none for this task")
+    found.append("the published digits were entered from notes: compare with the paper before citing them")
     found.append("8-bit values are rounded; MCVD's conversion to pictures truncates them (SSIM and LPIPS)")
     return found

@@ -68,13 +68,11 @@ class Findings(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """The findings as plain types."""
-        published = [row._asdict() for row in PUBLISHED] if self.differences else []
-        rows = [row.as_json() | {"psnr_by_position": self.positions.get(row.method)} for row in self.rows]
         return self._asdict() | {
-            "rows": rows,
+            "rows": [row.as_json() for row in self.rows],
             "frames": list(self.frames),
             "rules": self.rules(),
-            "published": published,
+            "published": [row._asdict() for row in PUBLISHED] if self.differences else [],
         }
 
 

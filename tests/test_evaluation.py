@@ -119,7 +119,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_numbers(evaluate, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_video_ddpm.PerClipResults, "add", killed)
         evaluate("--batch_size", 2, status=130)
-    assert len(lines_of(tmp_path / "out")) == 5 if cut else 4
+    assert len(lines_of(tmp_path / "out")) == (5 if cut else 4)
     capsys.readouterr()
     assert rows_without_seconds(evaluate("--batch_size", 2)) == rows_without_seconds(whole)
     assert "4 of 7 clips were scored before" in capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_every_combination_of_sampler_steps_and_guidance_is_a_row(evaluate, tmp_
         assert (tmp_path / "out/quality_against_work.svg").is_file()
 
 
-def test_fvd_covers_whole_clips_and_goes_on_after_a_stop(evaluate, tmp_path, capsys):
+def test_fvd_covers_whole_clips_and_keeps_its_features_for_a_rerun(evaluate, tmp_path, capsys):
     weights = tmp_path / "i3d.pt"
     torch.jit.script(SmallVideoNetwork()).save(str(weights))
     flags = ("--fvd_weights", weights, "--metrics", "psnr", "fvd", "--T", 9, "--num_samples", 2, "--batch_size", 2)
@@ -216,7 +216,13 @@ def test_the_published_protocol_sets_what_it_can_and_says_what_differs(evaluate,
     assert (settings["num_frames"], settings["num_samples"], settings["window"]) == (9, 10, "random")
     assert {row["best_of"] for row in found["published"] if row["method"] == "MCVD"} == {10, 100}
     said = " / ".join(found["differences"])
-    for part in ("size is 16, not 64", "3 clips, not the 256", "trained on clips of 8 frames", "raw frames"):
+    for part in (
+        "size is 16, not 64",
+        "3 clips, not the 256",
+        "trained on clips of 8 frames",
+        "raw frames",
+        "entered from notes",
+    ):
         assert part in said
     assert "25.162" in capsys.readouterr().out
     evaluate("--protocol", "mcvd", "--T", 10, status=2, out="other")
