@@ -13,6 +13,7 @@ from diffusion.schedule import DiffusionSchedule
 # Imagen (arXiv:2205.11487, section 2.3) thresholds at a high percentile of |x0|; 99.5 % as in the reference design.
 THRESHOLD_QUANTILE = 0.995
 SAMPLERS = ("ddim", "dpmpp_2m")
+SPACINGS = ("linspace", "trailing")
 
 
 class Denoiser(Protocol):
@@ -25,14 +26,24 @@ class Denoiser(Protocol):
         """Velocity of x_t, same shape."""
 
 
-def ddim_timesteps(timesteps: int, steps: int) -> list[int]:
-    """The indices a sampler visits: `steps` of them, evenly from timesteps - 1 down to 0, rounded.
+def visited_timesteps(timesteps: int, steps: int, spacing: str = "linspace") -> list[int]:
+    """The indices that a sampler visits, decreasing.
 
-    Raises: ValueError: unless 1 <= steps <= timesteps.
+    Args:
+        timesteps: length of the noise schedule.
+        steps: how many to visit.
+        spacing: "linspace" = evenly from timesteps - 1 down to 0, both visited; "trailing" = evenly from timesteps - 1
+            down to one stride above clean, so that the last step is as long as the others.
+
+    Raises: ValueError: for an unknown spacing, or unless 1 <= steps <= timesteps.
+    Source: Lin et al. 2023, arXiv:2305.08891, table 2.
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"--steps must lie in [1, {timesteps}], the length of the noise schedule (got {steps})")
-    return torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+    if spacing not in SPACINGS:
+        raise ValueError(f"--spacing must be one of {', '.join(SPACINGS)} (got {spacing})")
+    last = 0 if spacing == "linspace" else timesteps / steps - 1
+    return torch.linspace(timesteps - 1, last, steps, dtype=torch.float64).round().long().tolist()
 
 
 def check_sampler(timesteps: int, sampler: str, steps: int, eta: float) -> None:

@@ -14,6 +14,7 @@ from models.blocks.attention3d import TemporalAttentionBlock
 from models.blocks.resnet3d import Downsample, ResBlock3D, Upsample
 from models.conditioning_encoder import ContextFeatures, EndpointEncoder
 from models.modules.film import FiLM
+from models.modules.frame_conv import FrameConv3d
 from models.modules.temporal_attention import sinusoidal_embedding
 
 ATTENTION_HEADS = 4
@@ -72,7 +73,7 @@ class VideoUNet3D(nn.Module):
         )
         self.endpoint_encoder = EndpointEncoder(image_channels, endpoint_context, base_channels, widths)
 
-        self.stem = nn.Conv3d(3 * image_channels, base_channels, 3, padding=1)  # x_t and the two nearest frames
+        self.stem = FrameConv3d(3 * image_channels, base_channels)  # x_t and the two nearest frames
         self.stem_film = FiLM(base_channels, base_channels)
 
         self.down_films, self.down_levels, self.downsamples = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
@@ -98,10 +99,27 @@ class VideoUNet3D(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(math.gcd(32, base_channels), base_channels),
             nn.SiLU(),
-            nn.Conv3d(base_channels, image_channels, 3, padding=1),
+            FrameConv3d(base_channels, image_channels),
         )
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
+
+        self.lay_out(channels_last=True)
+
+    def lay_out(self, channels_last: bool) -> "VideoUNet3D":
+        """Choose where a convolution's channels lie in memory; activations follow the weights, outputs agree to rounding.
+
+        Args:
+            channels_last: innermost, where convolutions are faster (benchmarks/LOG.md); else torch's default.
+
+        Returns: self.
+        """
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
+        for parameter in self.parameters():
+            if parameter.dim() in (4, 5):
+                memory_format = formats.get(parameter.dim(), torch.contiguous_format)
+                parameter.data = parameter.data.contiguous(memory_format=memory_format)
+        return self
 
     @property
     def size_multiple(self) -> int:

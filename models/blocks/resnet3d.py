@@ -4,6 +4,8 @@ import math
 
 from torch import Tensor, nn
 
+from models.modules.frame_conv import FrameConv3d
+
 
 class ResBlock3D(nn.Module):
     """Two 3x3x3 convolutions around an added time embedding, plus the input (1x1x1 where the widths differ).
@@ -14,10 +16,10 @@ class ResBlock3D(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, time_channels: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(math.gcd(32, in_channels), in_channels)
-        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = FrameConv3d(in_channels, out_channels)
         self.time = nn.Linear(time_channels, out_channels)
         self.norm2 = nn.GroupNorm(math.gcd(32, out_channels), out_channels)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = FrameConv3d(out_channels, out_channels)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
         self.activation = nn.SiLU()
         nn.init.zeros_(self.conv2.weight)
