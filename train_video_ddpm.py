@@ -5,8 +5,6 @@ command with --resume goes on from there.
 """
 
 import argparse
-import contextlib
-import copy
 import math
 import os
 import shlex
@@ -15,13 +13,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -36,12 +32,14 @@ from data.kinetics_video_dataset import (
     steps_per_epoch,
 )
 from data.synthetic_videos import make_synthetic_videos
-from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise, validation_loss
-from diffusion.noise import INIT, PREVIEW, TRAIN, generator_for
+from diffusion.loss import validation_loss
+from diffusion.noise import PREVIEW, generator_for
 from diffusion.sampler import sample_middle
 from diffusion.schedule import SCHEDULES, DiffusionSchedule
-from models.video_unet3d import VideoUNet3D, blind_levels, build_model, check_architecture
-from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from models.video_unet3d import VideoUNet3D, blind_levels, check_architecture
+from training.optimisation import autocast, choose_amp_dtype, learning_rate, optimise, plan_learning_rate
+from training.state import TrainingState, model_config_of, new_state, restore, save
+from utils.checkpoint import load_checkpoint
 from utils.flags import (
     Parser,
     decay,
@@ -68,7 +66,6 @@ FIXED_FLAGS = (
     "res_blocks", "temporal_attn_levels", "timesteps", "beta_schedule", "noise_offset", "cfg_drop_prob",
     "temporal_loss_weight", "seed", "val_ratio",
 )  # fmt: skip
-UNSAVED_FLAGS = ("resume", "dry_run", "preset")  # what a command does, as against what a run is
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Five minutes on two CPU cores: small frames, a small network, few sampler steps.
@@ -195,6 +192,15 @@ def build_parser() -> Parser:
         "--amp_dtype", choices=("auto", "bf16", "fp16"), default="auto", help="auto = bf16 where the GPU has it"
     )
     group.add_argument(
+        "--channels_last", action=argparse.BooleanOptionalAction, default=True,
+        help="keep channels innermost in memory: the same function, faster convolutions",
+    )  # fmt: skip
+    group.add_argument(
+        "--activation_checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="compute each level's activations again in the backward pass instead of keeping them: less memory for "
+        "long or large clips, a third more work",
+    )  # fmt: skip
+    group.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the training forward"
     )
 
@@ -276,35 +282,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     )
 
 
-# --- learning rate, stopping, precision -------------------------------------------------------------------------------
-
-
-def learning_rate(step: int, plan: dict[str, float]) -> float:
-    """Linear warm-up, then half a cosine from (start_step, start_lr) to zero at total_steps."""
-    if step < plan["warmup_steps"]:
-        return plan["start_lr"] * (step + 1) / plan["warmup_steps"]
-    start = max(plan["start_step"], plan["warmup_steps"])
-    share = (step - start) / max(1, plan["total_steps"] - start)
-    return plan["start_lr"] * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-def plan_learning_rate(
-    args: argparse.Namespace, total_steps: int, step: int, stored: dict[str, float] | None
-) -> dict[str, float]:
-    """The plan of `learning_rate`. A resumed run whose length changed bends the curve from where it is: no jump."""
-    fresh = {
-        "peak_lr": args.lr, "start_lr": args.lr, "start_step": 0, "warmup_steps": args.warmup_steps,
-        "total_steps": total_steps,
-    }  # fmt: skip
-    if stored is None:
-        return fresh
-    if args.lr != stored["peak_lr"]:
-        return fresh | {"start_step": step, "warmup_steps": 0}
-    if total_steps == stored["total_steps"] or step < stored["warmup_steps"]:
-        return stored | {"total_steps": total_steps}
-    if step >= stored["total_steps"]:
-        print("the learning rate has decayed to 0 with the former end of the run; give another --lr to train on")
-    return fresh | {"start_step": step, "start_lr": learning_rate(step, stored), "warmup_steps": 0}
+# --- stopping ---------------------------------------------------------------------------------------------------------
 
 
 class StopRequest:
@@ -332,20 +310,6 @@ def outlive_first_signal(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def choose_amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
-    """What the network computes in under autocast; None = float32. bf16 on a CPU is hundreds of times slower."""
-    if not args.amp or device.type != "cuda":
-        return None
-    if args.amp_dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[args.amp_dtype]
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """The network's precision: autocast to dtype, or plain float32 for None."""
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 # --- previews ---------------------------------------------------------------------------------------------------------
@@ -383,94 +347,6 @@ def save_preview(stem: Path, clip: Tensor, generated: Tensor, endpoint_context: 
     video = torch.cat([torch.cat(list(truth), dim=3), torch.cat(list(made), dim=3)], dim=2)  # [C,T,2H,B*W]
     save_mp4(stem.with_suffix(".mp4"), enlarge(video, clip.shape[-1]), fps=8)
     return sheet
-
-
-# --- state and checkpoints --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainingState:
-    """All that changes while training, and so all that a checkpoint carries on.
-
-    `step` counts optimiser updates; `position` counts steps' worth of clips consumed, which is more where the fp16
-    scaler skipped an update. Data and noise follow `position`, the learning rate and EMA follow `step`.
-    """
-
-    model: VideoUNet3D
-    ema: VideoUNet3D
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    position: int = 0
-    best_val_loss: float = math.inf
-    plan: dict[str, float] | None = None
-    history: dict[str, Any] = field(
-        default_factory=lambda: {"train": [], "epochs": [], "sums": {"log": [0.0, 0], "epoch": [0.0, 0]}}
-    )
-
-
-def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `build_model`."""
-    names = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "endpoint_context")
-    return {"image_channels": 1 if args.color_mode == "gray" else 3} | {name: getattr(args, name) for name in names}
-
-
-def new_state(
-    args: argparse.Namespace, model_config: dict[str, Any], device: torch.device, amp_dtype: torch.dtype | None
-) -> TrainingState:
-    """Fresh weights (by the seed), their EMA copy and an optimiser."""
-    torch.manual_seed(generator_for(args.seed, INIT).initial_seed())
-    model = build_model(model_config).to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type == "cuda")
-    return TrainingState(model, ema, optimizer, torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16))
-
-
-def restore(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Namespace, epoch_steps: int) -> None:
-    """Go on where a checkpoint stands; a changed batch size goes on at the same clip of the epoch.
-
-    Raises: ValueError: if its weights do not fit its model_config.
-    """
-    source = f"{args.out_dir}/last.pt"
-    load_weights(state.model, checkpoint["model"], source)
-    load_weights(state.ema, checkpoint["ema"], source)
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
-    state.scaler.load_state_dict(checkpoint["scaler"])
-    stored = checkpoint["args"]
-    clips_done = checkpoint["step_in_epoch"] * stored["batch_size"] * stored["grad_accum"]
-    step_in_epoch = clips_done // (args.batch_size * args.grad_accum)
-    state.step = checkpoint["step"]
-    state.position = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
-    state.best_val_loss, state.history = checkpoint["best_val_loss"], checkpoint["history"]
-    state.plan = checkpoint["lr_scheduler"]
-    torch.set_rng_state(checkpoint["rng"]["torch"])
-
-
-def save(path: Path, state: TrainingState, args: argparse.Namespace, epoch_steps: int) -> None:
-    """Write a checkpoint from which training goes on exactly, and sampling needs no flag."""
-    epoch, step_in_epoch = divmod(state.position, epoch_steps)
-    contents = {
-        "step": state.step,
-        "epoch": epoch,
-        "step_in_epoch": step_in_epoch,
-        "model": state.model.state_dict(),
-        "ema": state.ema.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "lr_scheduler": state.plan,
-        "scaler": state.scaler.state_dict(),
-        "rng": {"torch": torch.get_rng_state()},  # for completeness: every draw of ours has a generator of its own
-        "model_config": model_config_of(args),
-        "diffusion_config": {
-            "timesteps": args.timesteps,
-            "schedule": args.beta_schedule,
-            "noise_offset": args.noise_offset,
-        },
-        "clip_config": {name: getattr(args, name) for name in ("num_frames", "size", "frame_stride", "color_mode")},
-        "args": {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS},
-        "history": state.history,
-        "best_val_loss": state.best_val_loss,
-    }
-    save_checkpoint(path, contents)
 
 
 # --- the story --------------------------------------------------------------------------------------------------------
@@ -523,61 +399,9 @@ def describe_run(
         )
 
 
-def optimise(
-    state: TrainingState,
-    schedule: DiffusionSchedule,
-    batches: Iterator[Tensor],
-    args: argparse.Namespace,
-    amp_dtype: torch.dtype | None,
-) -> tuple[float, float]:
-    """One optimiser step over --grad_accum batches; returns its loss and gradient norm.
-
-    Raises: FloatingPointError: before the update, if either is not finite.
-    """
-    device = next(state.model.parameters()).device
-    generator = generator_for(args.seed, TRAIN, state.position, device=device)
-    total = 0.0
-    for _ in range(args.grad_accum):
-        start, middle, end = split_clip(next(batches), args.endpoint_context)
-        noise = sample_training_noise(middle, args.timesteps, generator, args.cfg_drop_prob, args.noise_offset)
-        start, end = drop_contexts(start, end, noise.dropped)
-        with autocast(device, amp_dtype):
-            terms = diffusion_loss(
-                state.model, schedule, start, middle, end, noise.t, noise.eps, args.temporal_loss_weight
-            )
-        loss = terms.total.mean() / args.grad_accum
-        state.scaler.scale(loss).backward()
-        total += loss.item()
-    state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), args.grad_clip or math.inf).item()
-    # an fp16 overflow shows in the gradients alone, and the scaler deals with it by skipping the update
-    if not math.isfinite(total) or not (math.isfinite(norm) or state.scaler.is_enabled()):
-        raise FloatingPointError(f"the loss must stay finite (got loss {total}, gradient norm {norm})")
-
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, state.plan)
-    scale = state.scaler.get_scale()
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.position += 1
-    if state.scaler.get_scale() >= scale:  # it falls when an update was skipped
-        state.step += 1
-        update_ema(state.ema, state.model, args.ema_decay if state.step > args.ema_update_after_step else 0.0)
-    return total, norm
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema = decay * ema + (1 - decay) * model, over all parameters at once."""
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
-
-
-def take_mean(sums: list[float]) -> float:
-    """The mean of a running [sum, count], which starts anew."""
-    total, count = sums
-    sums[:] = [0.0, 0]
-    return total / max(1, count)
+def loss_text(loss: float | None) -> str:
+    """A mean loss as it is printed; None is that of no step with finite gradients."""
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
@@ -659,10 +483,13 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
             )
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"the validation loss must stay finite (got {val_loss})")
-        train_loss = take_mean(state.history["sums"]["epoch"])
-        entry = {"step": state.step, "epoch": epoch, "train_loss": train_loss, "val_loss": val_loss}
+        entry = {
+            "step": state.step, "epoch": epoch, "train_loss": state.tally.take_mean("epoch"), "val_loss": val_loss,
+            "skipped_steps": skipped_steps(),
+        }  # fmt: skip
         state.history["epochs"].append(entry)
-        line = f"epoch {epoch}/{args.epochs}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}"
+        losses = f"training loss {loss_text(entry['train_loss'])}  validation loss {val_loss:.4f}"
+        line = f"epoch {epoch}/{args.epochs}  {losses}"
         if args.dry_run or (args.vis_every and (epoch % args.vis_every == 0 or finished())):
             clip = next(clips_on_device([collate([val_clips[key] for key in preview_keys])]))
             made, entry["psnr"], entry["psnr_cross_fade"] = preview(state.ema, schedule, clip, args, amp_dtype)
@@ -678,43 +505,47 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
             save(out_dir / "best.pt", state, args, epoch_steps)
         save(out_dir / "last.pt", state, args, epoch_steps)
 
+    def skipped_steps() -> int:
+        """Steps of the whole run whose gradients were not finite."""
+        return int(state.tally.read()["skipped"])
+
+    def write_line(clips_per_second: float) -> None:
+        """Record the steps since the last line; the only place between saves that waits for the device."""
+        grad_norm, loss = state.tally.read()["grad_norm"], state.tally.take_mean("line")
+        if loss is not None:
+            state.history["train"].append([state.step, loss])
+        lr = learning_rate(state.step - 1, state.plan)
+        records.add(
+            "train", state.step, epoch=state.position / epoch_steps, loss=loss, lr=lr,
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None, skipped_steps=skipped_steps(),
+            clips_per_second=clips_per_second,
+            gpu_memory_mib=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+        )  # fmt: skip
+        bar.set_postfix(loss=loss_text(loss))
+        if bar.disable:
+            print(f"step {state.step}  loss {loss_text(loss)}  lr {lr:.2e}  {clips_per_second:.1f} clips/s", flush=True)
+
     # loop
     stop = StopRequest()
     bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=None)
     clock, clips_seen = time.perf_counter(), 0
-    state.model.train()
     try:
         while not finished() and stop.signal is None:
-            step_before = state.step
-            loss, norm = optimise(state, schedule, batches, args, amp_dtype)
+            optimise(state, schedule, batches, args, amp_dtype)
+            bar.update()
             clips_seen += args.batch_size * args.grad_accum
-            moved = state.step > step_before  # not so where the fp16 scaler skipped the update
-            if moved:
-                bar.update()
-                for sums in state.history["sums"].values():
-                    sums[:] = [sums[0] + loss, sums[1] + 1]
-            if moved and (state.step % args.log_every == 0 or state.step == 1):
-                mean_loss = take_mean(state.history["sums"]["log"])
-                state.history["train"].append([state.step, mean_loss])
-                speed, clock, clips_seen = clips_seen / (time.perf_counter() - clock), time.perf_counter(), 0
-                lr = learning_rate(state.step - 1, state.plan)
-                memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-                records.add(
-                    "train", state.step, epoch=state.position / epoch_steps, loss=mean_loss, lr=lr, grad_norm=norm,
-                    clips_per_second=speed, gpu_memory_mib=memory,
-                )  # fmt: skip
-                bar.set_postfix(loss=f"{mean_loss:.4f}")
-                if bar.disable:
-                    print(f"step {state.step}  loss {mean_loss:.4f}  lr {lr:.2e}  {speed:.1f} clips/s", flush=True)
+            if state.step % args.log_every == 0 or state.step == 1:
+                write_line(clips_seen / (time.perf_counter() - clock))
+                clock, clips_seen = time.perf_counter(), 0
             if state.position % epoch_steps == 0 or finished():
                 finish_epoch()
                 clock, clips_seen = time.perf_counter(), 0
-            elif moved and args.save_every and state.step % args.save_every == 0:
+            elif args.save_every and state.step % args.save_every == 0:
                 save(out_dir / "last.pt", state, args, epoch_steps)
     except FloatingPointError as error:
         kept = out_dir / "last.pt"
         good = f"the last good checkpoint is {kept}" if kept.is_file() else "no checkpoint was saved yet"
-        raise FloatingPointError(f"step {state.step + 1}: {error}; nothing of it was kept, {good}") from error
+        raise FloatingPointError(f"after step {state.step}: {error}; {good}") from error
     finally:
         bar.close()
         records.close()

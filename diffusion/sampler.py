@@ -46,7 +46,14 @@ def visited_timesteps(timesteps: int, steps: int, spacing: str = "linspace") -> 
     return torch.linspace(timesteps - 1, last, steps, dtype=torch.float64).round().long().tolist()
 
 
-def check_sampler(timesteps: int, sampler: str, steps: int, eta: float) -> None:
+def check_sampler(
+    timesteps: int,
+    sampler: str,
+    steps: int,
+    eta: float,
+    spacing: str = "linspace",
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+) -> None:
     """Raises: ValueError: naming the flag, if these settings fit no sampler or not a schedule of so many timesteps."""
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler must be one of {', '.join(SAMPLERS)} (got {sampler})")
@@ -54,33 +61,66 @@ def check_sampler(timesteps: int, sampler: str, steps: int, eta: float) -> None:
         raise ValueError(f"--eta must lie in [0, 1] (got {eta})")
     if sampler == "dpmpp_2m" and eta > 0:
         raise ValueError(f"--eta must be 0 with --sampler dpmpp_2m, which adds no noise (got {eta})")
-    ddim_timesteps(timesteps, steps)
+    low, high = guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"--guidance_interval must be two rising numbers in [0, 1] (got {low} {high})")
+    visited_timesteps(timesteps, steps, spacing)
 
 
-def forwards_per_clip(steps: int, guidance_scale: float) -> int:
-    """Network forwards (nfe) that one sample costs: a second branch runs unless the scale is 0 or 1."""
-    return steps if guidance_scale in (0, 1) else 2 * steps
+def is_guided(t: int, timesteps: int, guidance_scale: float, guidance_interval: tuple[float, float]) -> bool:
+    """Whether both branches run at index t: the scale asks for it, and t / (timesteps - 1) lies in the interval.
+
+    Source: Kynkaanniemi et al. 2024, arXiv:2404.07724.
+    """
+    low, high = guidance_interval
+    return guidance_scale not in (0, 1) and low <= t / max(1, timesteps - 1) <= high
+
+
+def forwards_per_clip(
+    timesteps: int,
+    steps: int,
+    guidance_scale: float,
+    spacing: str = "linspace",
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+) -> int:
+    """Network forwards (nfe) that one sample costs: one per step, and one more where the step is guided."""
+    visited = visited_timesteps(timesteps, steps, spacing)
+    return steps + sum(is_guided(t, timesteps, guidance_scale, guidance_interval) for t in visited)
 
 
 def guided_denoiser(
-    model: Denoiser, start_context: Tensor, end_context: Tensor, guidance_scale: float
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The velocity as a function of (x_t, t) alone: contexts encoded once, both guidance branches in one forward.
+    model: Denoiser,
+    start_context: Tensor,
+    end_context: Tensor,
+    guidance_scale: float,
+    guided: Sequence[bool],
+) -> Callable[[Tensor, Tensor, bool], Tensor]:
+    """The velocity as a function of (x_t, t, whether this step is guided): contexts are encoded once, here.
 
-    Returns v_uncond + guidance_scale * (v_cond - v_uncond); at scale 1 or 0 only the one branch that counts is run.
+    A guided step runs both branches in one forward and returns v_uncond + guidance_scale * (v_cond - v_uncond);
+    another one runs the branch that counts, which is the conditional one unless the scale is 0.
+
+    Args:
+        model: the network.
+        start_context: [B,C,K,H,W].
+        end_context: the same shape.
+        guidance_scale: w.
+        guided: for each step to come, whether it is guided; what no step needs is not encoded.
+
     Source: Ho & Salimans 2022, arXiv:2207.12598.
     """
     blank_start, blank_end = torch.zeros_like(start_context), torch.zeros_like(end_context)
-    if guidance_scale in (0, 1):
-        contexts = (start_context, end_context) if guidance_scale == 1 else (blank_start, blank_end)
-        features = model.encode_contexts(*contexts)
-        return lambda x_t, t: model.denoise(x_t, t, features).float()
+    alone = both = None
+    if not all(guided):
+        alone = model.encode_contexts(*((start_context, end_context) if guidance_scale else (blank_start, blank_end)))
+    if any(guided):
+        both = model.encode_contexts(torch.cat([blank_start, start_context]), torch.cat([blank_end, end_context]))
 
-    features = model.encode_contexts(torch.cat([blank_start, start_context]), torch.cat([blank_end, end_context]))
-
-    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        both = model.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), features).float()  # [2B,C,M,H,W]
-        v_uncond, v_cond = both.chunk(2)
+    def denoise(x_t: Tensor, t: Tensor, guide: bool) -> Tensor:
+        if not guide:
+            return model.denoise(x_t, t, alone).float()
+        v = model.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float()  # [2B,C,M,H,W]
+        v_uncond, v_cond = v.chunk(2)
         return v_uncond + guidance_scale * (v_cond - v_uncond)
 
     return denoise
@@ -142,7 +182,9 @@ def sample_middle(
     num_middle: int,
     sampler: str = "ddim",
     steps: int = 40,
+    spacing: str = "linspace",
     guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     eta: float = 0.0,
     clip_x0: bool = True,
     dynamic_threshold: bool = False,
@@ -160,7 +202,10 @@ def sample_middle(
         num_middle: frames to generate, M >= 1.
         sampler: "ddim", or "dpmpp_2m" (second order, deterministic: eta must be 0).
         steps: sampler steps, in [1, timesteps].
+        spacing: which timesteps they visit, see `visited_timesteps`.
         guidance_scale: 1 = plain conditional, 0 = unconditional, above 1 = guided (two branches in one forward).
+        guidance_interval: shares of the schedule, 0 = clean and 1 = noise, between which steps are guided; outside
+            them the scale counts as 1, and one branch runs.
         eta: 0 = deterministic DDIM .. 1 = DDPM's posterior noise.
         clip_x0: clamp every clean prediction to [-1, 1] and re-derive eps from it.
         dynamic_threshold: scale by a percentile instead of clamping; replaces clip_x0.
@@ -180,21 +225,22 @@ def sample_middle(
         )
     if num_middle < 1:
         raise ValueError(f"num_middle must be at least 1 (got {num_middle})")
-    check_sampler(schedule.timesteps, sampler, steps, eta)
+    check_sampler(schedule.timesteps, sampler, steps, eta, spacing, guidance_interval)
 
-    visited = ddim_timesteps(schedule.timesteps, steps)
+    visited = visited_timesteps(schedule.timesteps, steps, spacing)
+    guided = [is_guided(t, schedule.timesteps, guidance_scale, guidance_interval) for t in visited]
     b, c, _, h, w = start_context.shape
     device = start_context.device
     shape = (c, num_middle, h, w)
     generators = generators_per_clip(generator, b)
-    denoise = guided_denoiser(model, start_context, end_context, guidance_scale)
+    denoise = guided_denoiser(model, start_context, end_context, guidance_scale, guided)
 
     x_t = sample_noise(shape, generators, device, noise_offset)  # [B,C,M,H,W]
     levels = schedule.alpha_bar[visited].tolist()
     x0_before = None
     for i, t_now in enumerate(visited):
         t = torch.full((b,), t_now, dtype=torch.long, device=device)
-        v = denoise(x_t, t)
+        v = denoise(x_t, t, guided[i])
         x0_hat = schedule.x0_from_v(x_t, v, t)
         if dynamic_threshold or clip_x0:
             x0_hat = dynamic_thresholding(x0_hat) if dynamic_threshold else x0_hat.clamp(-1, 1)

@@ -4,11 +4,12 @@ Reads like the figure in the README: stem, down levels, bottleneck, up levels, o
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.blocks.attention3d import TemporalAttentionBlock
 from models.blocks.resnet3d import Downsample, ResBlock3D, Upsample
@@ -48,6 +49,9 @@ class VideoUNet3D(nn.Module):
         temporal_attn_levels: levels with temporal attention (the bottleneck always has it).
         endpoint_context: observed frames K at each end.
 
+    Attributes:
+        activation_checkpointing: whether training keeps the inputs of each stage alone and computes the rest again.
+
     Raises: ValueError: for widths that do not divide into attention heads, or a level that does not exist.
     """
 
@@ -65,6 +69,7 @@ class VideoUNet3D(nn.Module):
         self.image_channels = image_channels
         self.base_channels = base_channels
         self.endpoint_context = endpoint_context
+        self.activation_checkpointing = False
         widths = [base_channels * mult for mult in channel_mults]
         time_channels = 4 * base_channels
 
@@ -107,7 +112,7 @@ class VideoUNet3D(nn.Module):
         self.lay_out(channels_last=True)
 
     def lay_out(self, channels_last: bool) -> "VideoUNet3D":
-        """Choose where a convolution's channels lie in memory; activations follow the weights, outputs agree to rounding.
+        """Choose where the channels of convolutions lie in memory; activations follow, outputs agree to rounding.
 
         Args:
             channels_last: innermost, where convolutions are faster (benchmarks/LOG.md); else torch's default.
@@ -167,23 +172,33 @@ class VideoUNet3D(nn.Module):
         x = self.stem_film(x, features.stem)
 
         skips = []
-        for condition, film, level, skip_film, downsample in zip(
-            features.levels, self.down_films, self.down_levels, self.skip_films, self.downsamples, strict=True
-        ):
-            x = level(film(x, condition), time_embedding)  # [B,L[i],M,H/2^i,W/2^i]
-            skips.append(skip_film(x, condition))
-            x = downsample(x)
-
-        x = self.bottleneck_film(x, features.bottleneck)  # [B,L[-1],M,H/2^n,W/2^n]
-        x = self.bottleneck_in(x, time_embedding)
-        x = self.bottleneck_attention(x)
-        x = self.bottleneck_out(x, time_embedding)
-
+        for i, condition in enumerate(features.levels):
+            skip, x = self._run(self._down, i, x, condition, time_embedding)  # [B,L[i],M,H/2^(i+1),W/2^(i+1)]
+            skips.append(skip)
+        x = self._run(self._bottleneck, x, features.bottleneck, time_embedding)  # [B,L[-1],M,H/2^n,W/2^n]
         for i in reversed(range(len(self.up_levels))):
-            x = torch.cat([self.upsamples[i](x), skips[i]], dim=1)  # [B,2*L[i],M,H/2^i,W/2^i]
-            x = self.up_levels[i](x, time_embedding)
-            x = self.up_films[i](x, features.levels[i])
+            x = self._run(self._up, i, x, skips[i], features.levels[i], time_embedding)  # [B,L[i],M,H/2^i,W/2^i]
         return self.out(x)
+
+    def _run(self, stage: Callable[..., Any], *inputs: Any) -> Any:
+        """One stage; with activation checkpointing its inputs alone are kept for the backward pass."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+        return stage(*inputs)
+
+    def _down(self, i: int, x: Tensor, condition: Tensor, time_embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Down level i, [B,L[i-1],M,H/2^i,W/2^i]: its skip, [B,L[i],M,H/2^i,W/2^i], and that at half the size."""
+        x = self.down_levels[i](self.down_films[i](x, condition), time_embedding)
+        return self.skip_films[i](x, condition), self.downsamples[i](x)
+
+    def _bottleneck(self, x: Tensor, condition: Tensor, time_embedding: Tensor) -> Tensor:
+        x = self.bottleneck_in(self.bottleneck_film(x, condition), time_embedding)
+        return self.bottleneck_out(self.bottleneck_attention(x), time_embedding)
+
+    def _up(self, i: int, x: Tensor, skip: Tensor, condition: Tensor, time_embedding: Tensor) -> Tensor:
+        """Up level i, [B,L[i+1],M,H/2^(i+1),W/2^(i+1)] and its skip: [B,L[i],M,H/2^i,W/2^i]."""
+        x = torch.cat([self.upsamples[i](x), skip], dim=1)  # [B,2*L[i],M,H/2^i,W/2^i]
+        return self.up_films[i](self.up_levels[i](x, time_embedding), condition)
 
     def forward(self, x_t: Tensor, t: Tensor, start_context: Tensor, end_context: Tensor) -> Tensor:
         """`encode_contexts`, then `denoise`: what training calls."""

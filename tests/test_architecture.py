@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CORE = {"torch", "torchvision", "av", "numpy", "imageio", "tqdm"}
-PACKAGES = {"models", "diffusion", "data", "evaluation", "utils"}
+PACKAGES = {"models", "diffusion", "data", "training", "evaluation", "utils"}
 SCRIPTS = {"train_video_ddpm.py", "sample_video_ddpm.py", "evaluate_video_ddpm.py"}
 TOOLS = {
     "data/robot_pushing.py",
@@ -22,9 +22,10 @@ ALLOWED = {  # package or script -> what of the project it may import, beside it
     "data": {"utils.video_utils"},
     "evaluation": {"utils.video_utils", "utils.io", "utils.records"},
     "utils": set(),
-    "train_video_ddpm.py": {"models", "diffusion", "data", "utils"},
+    "training": {"models", "diffusion", "utils"},
+    "train_video_ddpm.py": {"models", "diffusion", "data", "training", "utils"},
     "sample_video_ddpm.py": {"models", "diffusion", "data", "utils"},
-    "evaluate_video_ddpm.py": PACKAGES,
+    "evaluate_video_ddpm.py": PACKAGES - {"training"},
     **dict.fromkeys(TOOLS, {"data", "utils"}),
 }
 OPTIONAL = {

@@ -1,12 +1,16 @@
 """The network against its design: parameter count, identities at initialisation, what each input can reach."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from models.blocks.attention3d import TemporalAttentionBlock
 from models.blocks.resnet3d import ResBlock3D
+from models.modules import frame_conv
 from models.modules.film import FiLM
+from models.modules.frame_conv import FrameConv3d
 from models.modules.temporal_attention import TemporalAttention, sinusoidal_embedding
 from models.video_unet3d import VideoUNet3D, build_model
 
@@ -216,3 +220,44 @@ def test_x_t_that_does_not_fit_its_contexts_is_refused():
         model(x_t, t, start, end[:1])
     with pytest.raises(ValueError, match=r"x_t must be \[B,3,M,H,W\]"):
         model(x_t[:, :1], t, start, end)
+
+
+# --- forms of the same function ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_a_single_small_clip_is_convolved_to_the_same_frames_and_gradients(frames, monkeypatch):
+    torch.manual_seed(0)
+    conv = FrameConv3d(6, 5)
+    x = torch.randn(1, 6, frames, 8, 8, requires_grad=True)
+    results = []
+    for rows in (0, 10**9):  # torch's Conv3d, then one 2-D convolution per kernel frame
+        monkeypatch.setattr(frame_conv, "SLOW_ROWS", rows)
+        y = conv(x)
+        gradients = torch.autograd.grad(y.square().sum(), [x, conv.weight, conv.bias])
+        results.append((y, *gradients))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # float32 sums of 162 products, reordered
+
+
+def gradients_of(model):
+    start, end = torch.randn(2, 2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(1))
+    x_t = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    v = model(x_t, torch.tensor([10, 900]), start, end)
+    v.square().mean().backward()
+    return v.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("form", ["layout", "checkpointing"])
+def test_memory_layout_and_activation_checkpointing_change_nothing_but_rounding(form):
+    model = tiny()
+    other = copy.deepcopy(model)
+    if form == "layout":
+        other.lay_out(channels_last=False)
+        assert other.stem.weight.is_contiguous() and not model.stem.weight.is_contiguous()
+    else:
+        other.activation_checkpointing = True
+    (v, gradients), (v_other, gradients_other) = gradients_of(model), gradients_of(other)
+    torch.testing.assert_close(v, v_other, rtol=1e-4, atol=1e-5)
+    for one, another in zip(gradients, gradients_other, strict=True):
+        torch.testing.assert_close(one, another, rtol=1e-3, atol=1e-6)  # sums over 8,192 pixels, reordered

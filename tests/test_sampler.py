@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.sampler import ddim_timesteps, dynamic_thresholding, sample_middle
+from diffusion.sampler import SPACINGS, dynamic_thresholding, forwards_per_clip, sample_middle, visited_timesteps
 from diffusion.schedule import DiffusionSchedule
 
 SCHEDULE = DiffusionSchedule()
@@ -54,16 +54,30 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_timesteps_run_evenly_from_full_noise_to_the_first_index():
-    assert ddim_timesteps(1000, 1) == [999]
-    assert ddim_timesteps(1000, 5) == [999, 749, 500, 250, 0]
-    assert ddim_timesteps(7, 7) == [6, 5, 4, 3, 2, 1, 0]
-    for steps in (2, 40, 333, 1000):
-        visited = ddim_timesteps(1000, steps)
-        assert len(set(visited)) == steps and visited == sorted(visited, reverse=True)
+def test_linspace_runs_evenly_from_full_noise_to_the_first_index():
+    assert visited_timesteps(1000, 1) == [999]
+    assert visited_timesteps(1000, 5) == [999, 749, 500, 250, 0]
+    assert visited_timesteps(7, 7) == [6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_spacing_visits_distinct_falling_timesteps_from_full_noise(spacing):
+    for steps in (1, 2, 40, 333, 1000):
+        visited = visited_timesteps(1000, steps, spacing)
+        assert visited[0] == 999 and len(set(visited)) == steps and visited == sorted(visited, reverse=True)
+    assert visited_timesteps(1000, 1000, spacing) == list(range(999, -1, -1))
     for steps in (0, 1001):
         with pytest.raises(ValueError, match=r"--steps must lie in \[1, 1000\]"):
-            ddim_timesteps(1000, steps)
+            visited_timesteps(1000, steps, spacing)
+
+
+def test_spacings_are_those_that_diffusers_calls_by_these_names():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle: pip install -r requirements-dev.txt")
+    for spacing in SPACINGS:
+        for steps in (5, 8, 10, 40, 100):
+            oracle = diffusers.DDIMScheduler(1000, timestep_spacing=spacing)
+            oracle.set_timesteps(steps)
+            assert visited_timesteps(1000, steps, spacing) == oracle.timesteps.tolist()
 
 
 @pytest.mark.parametrize("clip_x0", [True, False])
@@ -78,7 +92,7 @@ def test_ddim_returns_a_point_mass_exactly(clip_x0, eta):
 
 def gaussian_ddim_std(std, steps):
     """Standard deviation after DDIM with the exact denoiser of N(., std^2): every step scales it, in closed form."""
-    visited = ddim_timesteps(1000, steps)
+    visited = visited_timesteps(1000, steps)
     result = 1.0
     for t, t_prev in zip(visited, [*visited[1:], -1], strict=True):
         a, p = SCHEDULE.alpha_bar[t].item(), SCHEDULE.alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
@@ -125,7 +139,7 @@ def test_whole_trajectory_agrees_with_diffusers(steps, eta):
     draw = lambda: torch.stack([torch.randn(3, 4, 8, 8, generator=g) for g in noise])  # noqa: E731
     x = draw()
     features = model.encode_contexts(start, end)
-    visited = ddim_timesteps(1000, steps)
+    visited = visited_timesteps(1000, steps)
     for state, t, t_prev in zip(trajectory, visited, [*visited[1:], -1], strict=True):
         # float32 rounding of values up to about 4, accumulated over the steps
         torch.testing.assert_close(state["x_t"], x, rtol=1e-4, atol=1e-4)
@@ -146,7 +160,7 @@ def test_dpm_solver_trajectory_agrees_with_diffusers(steps):
         1000, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", solver_order=2,
         algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=False, final_sigmas_type="zero",
     )  # fmt: skip
-    visited = ddim_timesteps(1000, steps)
+    visited = visited_timesteps(1000, steps)
     oracle.set_timesteps(timesteps=visited)
     # its table of sigma / alpha, in float64 as ours, with the clean end
     level = SCHEDULE.alpha_bar[visited]
@@ -212,6 +226,30 @@ def test_guidance_extrapolates_from_the_unconditional_velocity():
     torch.testing.assert_close(seen["blank"], seen[0.0])  # the unconditional branch is the one of zero contexts
 
 
+def test_outside_the_guidance_interval_one_branch_runs_with_the_result_of_scale_one():
+    def run(guidance_scale, interval):
+        model, velocities = CountingModel(), []
+        sample_middle(
+            model, SCHEDULE, *contexts(), num_middle=2, steps=5, guidance_scale=guidance_scale,
+            guidance_interval=interval, generator=generators(5, 6),
+            callback=lambda **state: velocities.append(state["v"]),
+        )  # fmt: skip
+        nfe = forwards_per_clip(1000, 5, guidance_scale, guidance_interval=interval)
+        assert sum(model.forwards) == 2 * nfe  # two clips
+        return velocities, model.forwards
+
+    plain, _ = run(1.0, (0.0, 1.0))
+    always, both = run(1.8, (0.0, 1.0))
+    assert both == [4] * 5
+    late, forwards = run(1.8, (0.0, 0.5))  # 999, 749, 500 lie above half of 999
+    assert forwards == [2, 2, 2, 4, 4]
+    for v, v_plain in zip(late[:4], plain[:3], strict=False):
+        torch.testing.assert_close(v, v_plain)
+    early, forwards = run(1.8, (1.0, 1.0))
+    assert forwards == [4, 2, 2, 2, 2]
+    torch.testing.assert_close(early[0], always[0])
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_a_clip_does_not_depend_on_its_batch(eta):
     start, end = contexts(4)
@@ -271,6 +309,8 @@ def test_dynamic_threshold_scales_each_clip_by_its_own_percentile():
         ({"eta": 1.5}, "--eta must lie in"),
         ({"sampler": "euler"}, "--sampler must be one of ddim, dpmpp_2m"),
         ({"sampler": "dpmpp_2m", "eta": 0.5}, "--eta must be 0"),
+        ({"spacing": "even"}, "--spacing must be one of linspace, trailing"),
+        ({"guidance_interval": (0.6, 0.2)}, "--guidance_interval must be two rising numbers"),
         ({"generator": generators(1)}, r"one per clip \(2\)"),
     ],
 )

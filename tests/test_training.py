@@ -17,7 +17,9 @@ from conftest import TINY_FLAGS, moving_square
 
 import train_video_ddpm
 from data.video_reader import probe_video
-from train_video_ddpm import PRESETS, build_parser, learning_rate, main, plan_learning_rate
+from train_video_ddpm import PRESETS, build_parser, main
+from training import optimisation
+from training.optimisation import learning_rate, plan_learning_rate
 from utils.checkpoint import load_checkpoint
 from utils.io import save_mp4
 from utils.records import save_training_curves
@@ -339,6 +341,7 @@ def test_a_dry_run_takes_two_steps_a_preview_and_a_save(square_videos, tmp_path)
         ["--beta_schedule", "linear", "--timesteps", "50", "--dynamic_threshold", "--noise_offset", "0.05"],
         ["--max_videos", "3", "--batch_size", "8"],  # fewer clips than a step needs
         ["--amp", "--save_every", "1", "--grad_clip", "0"],
+        ["--activation_checkpointing", "--no-channels_last"],
     ],
 )
 def test_every_shape_of_run_works(square_videos, tmp_path, capsys, flags):
@@ -362,13 +365,13 @@ def test_ema_copies_first_and_then_averages(square_videos, tmp_path):
 
 def test_contexts_are_dropped_in_training_as_often_as_asked(square_videos, tmp_path, monkeypatch):
     blank = []
-    loss = train_video_ddpm.diffusion_loss
+    loss = optimisation.diffusion_loss
 
     def watch(model, schedule, start, middle, end, *rest):
         blank.extend([bool(s.eq(0).all() and e.eq(0).all()) for s, e in zip(start, end, strict=True)])
         return loss(model, schedule, start, middle, end, *rest)
 
-    monkeypatch.setattr(train_video_ddpm, "diffusion_loss", watch)
+    monkeypatch.setattr(optimisation, "diffusion_loss", watch)
     for rate, expected in (("0", {False}), ("1", {True}), ("0.5", {False, True})):
         blank.clear()
         common = ["--data_root", square_videos, "--max_steps", "6", "--vis_every", "0", *TINY_FLAGS]
@@ -376,25 +379,51 @@ def test_contexts_are_dropped_in_training_as_often_as_asked(square_videos, tmp_p
         assert set(blank) == expected and len(blank) == 12
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_is_never_saved(
-    square_videos, tmp_path, capsys, monkeypatch
-):
+@pytest.fixture
+def poison(monkeypatch):
+    """A function that makes the losses of the given calls, counted from 1, not a number."""
+    loss, calls = optimisation.diffusion_loss, []
+
+    def choose(poisoned):
+        def poisoned_loss(*args):
+            terms = loss(*args)
+            calls.append(1)
+            return terms._replace(total=terms.total * float("nan")) if poisoned(len(calls)) else terms
+
+        monkeypatch.setattr(optimisation, "diffusion_loss", poisoned_loss)
+
+    return choose
+
+
+def test_a_step_without_finite_gradients_changes_no_weight_and_is_counted(square_videos, tmp_path, poison):
+    common = ["--data_root", square_videos, "--epochs", "2", "--vis_every", "0", "--log_every", "1", *TINY_FLAGS]
+    with interrupted(2):
+        out = run(tmp_path / "a", *common, status=128 + signal.SIGTERM)
+    before = load_checkpoint(out / "last.pt")
+    poison(lambda call: call == 1)
+    with interrupted(3):
+        run(out, "--resume", status=128 + signal.SIGTERM)
+    after = load_checkpoint(out / "last.pt")
+    assert after["step"] == 3 and same(before["model"], after["model"])
+    assert same(before["optimizer"]["state"], after["optimizer"]["state"])
+    assert after["history"]["sums"]["skipped"] == 1
+    run(out, "--resume")
+    at = {line["step"]: line for line in lines(out) if line["kind"] == "train"}
+    assert [at[n]["skipped_steps"] for n in (2, 3, 4)] == [0, 1, 1]
+    assert at[3]["loss"] is None and at[3]["grad_norm"] is None and math.isfinite(at[4]["loss"])
+    assert not same(after["model"], load_checkpoint(out / "last.pt")["model"])
+
+
+def test_a_run_that_has_lost_its_gradients_ends_and_is_never_saved(square_videos, tmp_path, capsys, poison):
+    poison(lambda call: call > 2)
     common = ["--data_root", square_videos, "--save_every", "1", "--vis_every", "0", *TINY_FLAGS]
-    out = tmp_path / "a"
-    loss, calls = train_video_ddpm.diffusion_loss, []
-
-    def poisoned(*args):
-        terms = loss(*args)
-        calls.append(1)
-        return terms._replace(total=terms.total * float("nan")) if len(calls) == 3 else terms
-
-    monkeypatch.setattr(train_video_ddpm, "diffusion_loss", poisoned)
-    run(out, *common, "--epochs", "2", status=1)
+    out = run(tmp_path / "a", *common, "--epochs", "9", "--batch_size", "2", status=1)
     error = capsys.readouterr().err
-    assert "step 3: the loss must stay finite (got loss nan" in error
-    assert f"the last good checkpoint is {out / 'last.pt'}" in error and error.count("\n") == 1
+    assert "at least one of 20 steps in a row (got 20 that are not)" in error and error.count("\n") == 1
+    assert f"the last good checkpoint is {out / 'last.pt'}" in error
     kept = load_checkpoint(out / "last.pt")
-    assert kept["step"] == 2 and all(value.isfinite().all() for value in kept["model"].values())
+    assert kept["history"]["sums"]["skipped"] == 19 and kept["step"] == 21
+    assert all(value.isfinite().all() for weights in (kept["model"], kept["ema"]) for value in weights.values())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
