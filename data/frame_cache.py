@@ -21,7 +21,7 @@ DISK_MARGIN = 2**28  # bytes that a cache leaves free
 
 
 class CachedFrames:
-    """A FrameSource that copies frames out of a memory map: uint8, frame after frame, video after video.
+    """A FrameSource that takes frames out of a memory map: uint8, frame after frame, video after video.
 
     The cache is made on first use and found again by the files' paths, sizes and times, the frame size and the
     colours. Only its path travels to worker processes; each maps it for itself.
@@ -55,7 +55,7 @@ class CachedFrames:
             video.path: (start, count) for video, start, count in zip(videos, starts[:-1], cached, strict=True)
         }
         self.total = total
-        self._map: np.memmap | None = None
+        self._map: Tensor | None = None
 
     def read(self, video: Video, wanted: Sequence[int]) -> Tensor:
         """See FrameSource."""
@@ -63,9 +63,11 @@ class CachedFrames:
         if wanted[-1] >= count:
             raise ValueError(f"only {count} of {video.info.frames} frames could be cached")
         if self._map is None:
-            self._map = np.memmap(self.path, np.uint8, "r", shape=(self.total, *self.frame_shape))
-        frames = self._map[[start + number for number in wanted]]  # [T,C,H,W], copied
-        return torch.from_numpy(frames).transpose(0, 1)
+            # private to this process (mode "c"): what a caller writes into a clip never reaches the file
+            self._map = torch.from_numpy(np.memmap(self.path, np.uint8, "c", shape=(self.total, *self.frame_shape)))
+        if isinstance(wanted, range):  # evenly spaced, so no copy is needed
+            return self._map[start + wanted[0] : start + wanted[-1] + 1 : wanted.step].transpose(0, 1)
+        return self._map[[start + number for number in wanted]].transpose(0, 1)  # [C,T,H,W]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_map": None}

@@ -23,7 +23,7 @@ from data.video_reader import DECODE_ERRORS, VideoInfo, probe_video, read_frames
 from utils.video_utils import resize_and_crop, to_gray
 
 SPLIT_FOLDERS = (("videos_train", "videos_val"), ("train", "val"), ("train", "test"))
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 NAMED_IN_REPORT = 20  # how many bad files of a kind a report names
 MAX_ATTEMPTS = 8  # files tried for one clip before giving up
 
@@ -125,7 +125,6 @@ class VideoIndex:
             _, info, reason = self.entries[self.name(path)]
             if info is not None:
                 info = VideoInfo(*info)
-                info = info._replace(keyframes=[tuple(place) for place in info.keyframes])  # JSON knows lists only
             videos.append(Video(str(path), self.name(path), info, reason))
         return videos
 
@@ -160,10 +159,14 @@ def reason_of(error: Exception) -> str:
 # --- split ------------------------------------------------------------------------------------------------------------
 
 
+def hashed(key: bytes) -> int:
+    """An integer in [0, 2^64) that looks random and is a function of `key` alone."""
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
 def position(seed: int, name: str) -> float:
     """A file's fixed place in [0, 1), by hash: below --val_ratio it belongs to the validation split."""
-    digest = hashlib.blake2b(f"{seed}/".encode() + os.fsencode(name), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return hashed(f"{seed}/".encode() + os.fsencode(name)) / 2**64
 
 
 def prepare_videos(
@@ -422,23 +425,23 @@ class VideoClipDataset(Dataset):
         epoch, i = key
         failures = []
         for attempt in range(MAX_ATTEMPTS):
-            rng = np.random.default_rng([self.seed, epoch, i, attempt])
-            video = self.videos[i if attempt == 0 else rng.integers(len(self.videos))]
+            # a hash, as making a generator would take longer than reading a cached clip
+            number = hashed(f"{self.seed},{epoch},{i},{attempt}".encode())
+            video = self.videos[i if attempt == 0 else hashed(f"file {number}".encode()) % len(self.videos)]
             try:
-                return ClipRead(self._cut(video, rng), failures)
+                return ClipRead(self._cut(video, number), failures)
             except DECODE_ERRORS as error:
                 failures.append(f"{video.name} ({reason_of(error)})")
         return ClipRead(None, failures)
 
-    def _cut(self, video: Video, rng: np.random.Generator) -> Tensor:
+    def _cut(self, video: Video, number: int) -> Tensor:
         slack = video.info.frames - ((self.num_frames - 1) * self.frame_stride + 1)
-        first = int(rng.integers(slack + 1)) if self.random_window else slack // 2
-        mirrored, backwards = rng.random(2) < 0.5
-        wanted = [first + n * self.frame_stride for n in range(self.num_frames)]
+        first = (number >> 2) % (slack + 1) if self.random_window else slack // 2
+        wanted = range(first, first + self.num_frames * self.frame_stride, self.frame_stride)
         clip = self.source.read(video, wanted)
-        if self.hflip and mirrored:
+        if self.hflip and number & 1:
             clip = clip.flip(3)
-        if self.time_reverse and backwards:
+        if self.time_reverse and number & 2:
             clip = clip.flip(1)
         return clip
 

@@ -1,10 +1,11 @@
 """Frame-accurate decoding of MP4 files with PyAV.
 
 Frames are numbered by what a full decode yields, never by timestamps times rate: variable rates, edit lists and
-damaged packets then need no special case. Every decoder runs on one thread, since loading is parallel over files.
+damaged packets then need no special case. Where that decode also gave rising timestamps, they find a frame again. Every decoder runs on one thread, since loading is parallel over files.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +28,9 @@ class VideoInfo(NamedTuple):
         height: likewise.
         rotation: degrees counter-clockwise that a frame is to be turned for display.
         rate: average frames per second, 0 if the file does not say.
-        keyframes: (frame number, timestamp) of the places where decoding can start, the first frame excepted; empty
-            for a damaged file, which is always decoded from its start.
+        timestamps: of every frame, rising, in the stream's time base; empty where they do not tell frames apart, and
+            for a damaged file: then frames are counted from the start.
+        keyframes: numbers of the frames where decoding can start, the first frame excepted; needs timestamps.
         damage: why packets were lost, "" if none were.
     """
 
@@ -37,7 +39,8 @@ class VideoInfo(NamedTuple):
     height: int
     rotation: int
     rate: float
-    keyframes: list[tuple[int, int]]
+    timestamps: list[int]
+    keyframes: list[int]
     damage: str
 
 
@@ -77,9 +80,18 @@ class VideoFile:
     def __exit__(self, *exception: object) -> None:
         self.container.close()
 
-    def decode(self) -> Iterator[av.VideoFrame]:
-        """Every frame that comes out, in display order; packets that fail are noted in `lost` and skipped."""
+    def decode(self, needed_from: int | None = None) -> Iterator[av.VideoFrame]:
+        """Every frame that comes out, in display order; packets that fail are noted in `lost` and skipped.
+
+        Args:
+            needed_from: timestamp before which frames need not come out: those that no other frame refers to are not
+                decoded then. None = all are wanted.
+        """
+        skipping = False
         for packet in self.container.demux(self.stream):
+            if skipping != (needed_from is not None and packet.pts is not None and packet.pts < needed_from):
+                skipping = not skipping
+                self.stream.codec_context.skip_frame = "NONREF" if skipping else "DEFAULT"
             try:
                 yield from packet.decode()
             except DECODE_ERRORS as error:
@@ -96,20 +108,21 @@ def probe_video(path: str | Path) -> VideoInfo:
     Raises: ValueError: with the reason, if nothing can be decoded; av.FFmpegError or OSError if it cannot be opened.
     """
     with VideoFile(path) as video:
-        frames, rotation, width, height, keyframes = 0, 0, 0, 0, []
+        rotation, width, height, timestamps, keyframes = 0, 0, 0, [], []
         for frame in video.decode():
-            if frames == 0:
+            if not timestamps:
                 rotation, width, height = frame.rotation, frame.width, frame.height
-            elif frame.key_frame and frame.pts is not None:
-                keyframes.append((frames, frame.pts))
-            frames += 1
+            elif frame.key_frame:
+                keyframes.append(len(timestamps))
+            timestamps.append(frame.pts)
+        frames = len(timestamps)
         damage = f"{len(video.lost)} packets failed: {video.lost[0]}" if video.lost else ""
         if frames == 0:
             raise ValueError(damage or "no frame could be decoded")
+        if damage or None in timestamps or any(b <= a for a, b in pairwise(timestamps)):
+            timestamps, keyframes = [], []
         rate = video.stream.average_rate
-        return VideoInfo(
-            frames, width, height, rotation, float(rate) if rate else 0.0, [] if damage else keyframes, damage
-        )
+        return VideoInfo(frames, width, height, rotation, float(rate) if rate else 0.0, timestamps, keyframes, damage)
 
 
 def read_frames(path: str | Path, wanted: Sequence[int], info: VideoInfo) -> Iterator[Tensor]:
@@ -123,30 +136,37 @@ def read_frames(path: str | Path, wanted: Sequence[int], info: VideoInfo) -> Ite
     Yields: uint8 [3,H,W] RGB, upright.
     Raises: ValueError: if the file ends before the last wanted frame; DECODE_ERRORS if it cannot be opened.
     """
-    starts = [place for place in info.keyframes if place[0] <= wanted[0]]
-    first, timestamp = starts[-1] if starts else (0, None)
     reformatter = VideoReformatter()  # one per read: it must never be shared between forked processes
+    remaining = list(wanted)
+    if info.timestamps and remaining[-1] < info.frames:
+        with VideoFile(path) as video:
+            for frame in frames_from(video, remaining[0], info):
+                due = info.timestamps[remaining[0]]
+                if frame.pts == due:
+                    yield to_rgb(frame, reformatter)
+                    remaining.pop(0)
+                    if not remaining:
+                        return
+                elif frame.pts is None or frame.pts > due:
+                    break  # the file is not what the index says: below, count from the start
+
+    number = -1
     with VideoFile(path) as video:
-        if timestamp is not None:
-            video.seek(timestamp)
-        remaining, number = list(wanted), first
-        for frame in video.decode():
-            if timestamp is not None:
-                if frame.pts is None or frame.pts < timestamp:
-                    continue  # a frame that leads the keyframe in display order
-                if frame.pts != timestamp:
-                    break  # the container sought elsewhere than it said: below, decode from the start
-                timestamp = None
+        for number, frame in enumerate(video.decode()):  # noqa: B007
             if number == remaining[0]:
                 yield to_rgb(frame, reformatter)
                 remaining.pop(0)
                 if not remaining:
                     return
-            number += 1
-    if timestamp is not None:
-        yield from read_frames(path, wanted, info._replace(keyframes=[]))
-        return
-    raise ValueError(f"ended after {number} frames, {info.frames} were expected")
+    raise ValueError(f"ended after {number + 1} frames, {info.frames} were expected")
+
+
+def frames_from(video: VideoFile, first: int, info: VideoInfo) -> Iterator[av.VideoFrame]:
+    """Frames in display order up to and from the one numbered `first`, decoding no more before it than it takes."""
+    start = max((number for number in info.keyframes if number <= first), default=0)
+    if start:
+        video.seek(info.timestamps[start])
+    return video.decode(needed_from=info.timestamps[first])
 
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Tensor:

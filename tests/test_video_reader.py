@@ -37,15 +37,32 @@ def test_every_start_and_stride_gives_exactly_the_frames_asked_for(make_mp4, var
 def test_seeking_is_used_and_a_container_that_seeks_elsewhere_is_decoded_from_its_start(make_mp4, monkeypatch):
     path = make_mp4("a.mp4", count=40, options={"g": "10", "bf": "0", "sc_threshold": "0"})
     info = probe_video(path)
-    assert [number for number, _ in info.keyframes] == [10, 20, 30]
+    assert info.keyframes == [10, 20, 30]
     sought = []
     seek = video_reader.VideoFile.seek
     monkeypatch.setattr(video_reader.VideoFile, "seek", lambda self, pts: (sought.append(pts), seek(self, pts)))
     assert [number_of(f) for f in read_frames(path, [25, 26], info)] == [25, 26]
-    assert sought == [info.keyframes[1][1]]
-    # an index that is wrong about where decoding can start must not shift the frames
-    misled = info._replace(keyframes=[(20, info.keyframes[1][1] + 1)])
-    assert [number_of(f) for f in read_frames(path, [25, 26], misled)] == [25, 26]
+    assert sought == [info.timestamps[20]]
+    # an index that is wrong about timestamps must not shift the frames
+    for wrong in ([t + 1 for t in info.timestamps], [t - 1 for t in info.timestamps], list(range(40))):
+        misled = info._replace(timestamps=wrong)
+        assert [number_of(f) for f in read_frames(path, [25, 26, 39], misled)] == [25, 26, 39]
+
+
+def test_frames_that_are_skipped_on_the_way_change_no_pixel_of_those_wanted(tmp_path):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (1, 64, 64, 3)) + np.arange(36).reshape(-1, 1, 1, 1) * 3  # motion in every block
+    frames = np.stack([np.roll(frame, 2 * i, axis=1) for i, frame in enumerate(frames)]) % 256
+    options = {"bf": "6", "g": "250", "x264-params": "b-pyramid=normal:b-adapt=0:ref=4"}
+    path = write_mp4(tmp_path / "a.mp4", frames.astype(np.uint8), options=options)
+    info = probe_video(path)
+    assert len(info.timestamps) == 36 and info.keyframes == []
+    with video_reader.VideoFile(path) as video:
+        assert len(list(video.decode(needed_from=info.timestamps[30]))) < 36  # something is skipped at all
+    counted = list(read_frames(path, range(36), info._replace(timestamps=[])))
+    for first in range(0, 34, 3):
+        for frame, truth in zip(read_frames(path, [first, first + 2], info), counted[first::2], strict=False):
+            assert torch.equal(frame, truth)
 
 
 def test_colours_survive_decoding(make_mp4):

@@ -1,0 +1,120 @@
+"""Timing variants in turn, so that a machine whose speed drifts slows them all alike, and saying what came out."""
+
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from utils.flags import Parser, device_name, non_negative_int, nonempty_path, positive_int
+from utils.io import save_json
+from utils.records import describe_machine
+
+
+class Variant(NamedTuple):
+    """One way of doing the work: what it is called, one run of it, and how many clips a run yields."""
+
+    name: str
+    run: Callable[[], Any]
+    clips: int
+
+
+class Timing(NamedTuple):
+    """What was measured of a variant: seconds per clip in each round, and the device's peak memory in MiB, if any."""
+
+    name: str
+    seconds: list[float]
+    peak_mib: float | None
+
+
+def add_common_flags(parser: Parser, rounds: int) -> None:
+    """--rounds, --device, --threads and --out_dir, which every benchmark has."""
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--rounds", type=positive_int, default=rounds, help="timed runs of each variant, in turn")
+    group.add_argument("--device", type=device_name, default="auto", help="auto = cuda where there is one, else cpu")
+    group.add_argument("--threads", type=non_negative_int, default=0, help="of torch on the CPU; 0 = its own choice")
+    group.add_argument("--out_dir", type=nonempty_path, default="outputs/benchmarks", help="folder for the JSON file")
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock seconds of one run; on a GPU between two events, so that only the device's own time counts."""
+    if device.type != "cuda":
+        clock = time.perf_counter()
+        run()
+        return time.perf_counter() - clock
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1000
+
+
+def interleave(variants: Sequence[Variant], rounds: int, device: torch.device) -> list[Timing]:
+    """Each variant once to warm up, then `rounds` times one after another: A B C, A B C, ..."""
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    peaks: dict[str, float] = {}
+    for number in range(rounds + 1):
+        for variant in variants:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            taken = seconds_of(variant.run, device) / variant.clips
+            if number:
+                seconds[variant.name].append(taken)
+            if device.type == "cuda":
+                peaks[variant.name] = torch.cuda.max_memory_allocated(device) / 2**20
+    return [Timing(name, values, peaks.get(name)) for name, values in seconds.items()]
+
+
+def compare(timings: Sequence[Timing], reference: str) -> list[dict[str, Any]]:
+    """A row per variant: median seconds per clip, clips/s, and how many times faster than the reference it is.
+
+    The ratio is taken within each round; its median and its smallest and largest value are given.
+    """
+    base = next(timing for timing in timings if timing.name == reference)
+    rows = []
+    for timing in timings:
+        ratios = [slow / fast for slow, fast in zip(base.seconds, timing.seconds, strict=True)]
+        median = statistics.median(timing.seconds)
+        rows.append(
+            {
+                "variant": timing.name, "seconds_per_clip": median, "clips_per_second": 1 / median,
+                "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
+                "peak_mib": timing.peak_mib,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows of `compare` as a Markdown table."""
+    peaks = any(row["peak_mib"] is not None for row in rows)
+    print(f"\n{title}\n")
+    print("| variant | s / clip | clips / s | times the reference | lowest to highest |" + " peak MiB |" * peaks)
+    print("|---|---|---|---|---|" + "---|" * peaks)
+    for row in rows:
+        print(
+            f"| {row['variant']} | {row['seconds_per_clip']:.4g} | {row['clips_per_second']:.4g} | {row['ratio']:.2f} | "
+            f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f} |" + (f" {row['peak_mib']:.0f} |" if peaks else ""),
+            flush=True,
+        )
+
+
+def save_findings(out_dir: str, name: str, device: torch.device, findings: dict[str, Any]) -> None:
+    """Write OUT_DIR/NAME.json: the command, the machine and everything measured.
+
+    Raises: ValueError: if the folder cannot be made.
+    """
+    folder = Path(out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out_dir {out_dir}: cannot be made ({error.strerror})") from error
+    machine = describe_machine(device) | {"torch_threads": torch.get_num_threads()}
+    save_json(folder / f"{name}.json", {"command": shlex.join(sys.argv), "machine": machine, **findings})
+    print(f"\n{folder / f'{name}.json'}")
