@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from data.kinetics_video_dataset import (
 )
 from data.video_reader import DECODE_ERRORS
 from diffusion.noise import SAMPLE, generator_for
-from diffusion.sampler import SAMPLERS, check_sampler, forwards_per_clip, sample_middle
+from diffusion.sampler import PRESETS, SAMPLERS, SPACINGS, check_sampler, forwards_per_clip, sample_middle
 from diffusion.schedule import DiffusionSchedule
 from evaluation import report
 from evaluation.baselines import BASELINES, load_baseline, missing_package
@@ -48,10 +47,11 @@ from utils.flags import (
     add_clip_flags,
     add_sampler_flags,
     check_frame_count,
+    describe_preset,
     nonempty_path,
     positive_int,
     resolve_device,
-    sampler_settings,
+    sampler_grid,
     settle_clip_flags,
 )
 from utils.io import file_sha256, observed_frames, replacing, save_json, save_mp4, side_by_side
@@ -120,10 +120,7 @@ def build_parser() -> Parser:
     group.add_argument(
         "--num_samples", type=positive_int, help="different middles for each clip; None = 1, or 10 under mcvd"
     )
-    group.add_argument(
-        "--batch_size", type=positive_int, default=16, help="samples at once; a score depends on it by rounding only"
-    )
-    add_sampler_flags(group, SAMPLERS, several=True)
+    add_sampler_flags(group, SAMPLERS, SPACINGS, PRESETS, several=True)
     return parser
 
 
@@ -145,8 +142,8 @@ def settle(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
             setattr(args, name, MCVD[name])
     if checkpoint is not None:
         settle_clip_flags(args, checkpoint)
-        for sampler, steps in product(args.sampler, args.steps):
-            check_sampler(checkpoint["diffusion_config"]["timesteps"], sampler, steps, args.eta)
+        for settings in sampler_grid(args, PRESETS):
+            check_sampler(checkpoint["diffusion_config"]["timesteps"], settings)
     else:
         if args.split not in (None, "all") or args.data_root is None:
             raise ValueError("without --ckpt, --data_root must be given and --split be all: no training split it")
@@ -162,7 +159,7 @@ def settle(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("sampler", "steps", "guidance_scale", "metrics", "baselines"):
+    for name in ("metrics", "baselines"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # once each, in the order given
 
 
@@ -244,19 +241,20 @@ def read_clip(video: Video, first: int, args: argparse.Namespace) -> Tensor | st
 
 
 def model_methods(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> list[Method]:
-    """The checkpoint's network under every combination of sampler, steps and guidance."""
+    """The checkpoint's network under every combination of the sampler's flags."""
     model = build_model(checkpoint["model_config"])
     load_weights(model, checkpoint["model" if args.use_raw_model else "ema"], args.ckpt)
     model = model.to(device).eval()
     diffusion = checkpoint["diffusion_config"]
     schedule = DiffusionSchedule(diffusion["timesteps"], diffusion["schedule"]).to(device)
     amp = args.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if not checkpoint["args"].get("cfg_drop_prob") and args.guidance_scale != [1]:
+    if args.compile:
+        model.compile_for_sampling()
+    grid = sampler_grid(args, PRESETS)
+    if not checkpoint["args"].get("cfg_drop_prob") and any(settings["guidance_scale"] != 1 for settings in grid):
         print(f"note: {args.ckpt} has no trained unconditional branch: it needs --guidance_scale 1", file=sys.stderr)
 
-    def method(sampler: str, steps: int, guidance_scale: float) -> Method:
-        settings = sampler_settings(args) | {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
-
+    def method(settings: dict[str, Any]) -> Method:
         def generate(start: Tensor, end: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
             generators = [generator_for(args.seed, SAMPLE, *key) for key in keys]
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -265,16 +263,12 @@ def model_methods(args: argparse.Namespace, checkpoint: dict[str, Any], device: 
                     noise_offset=diffusion["noise_offset"], generator=generators, **settings,
                 )  # fmt: skip
 
-        name = f"ours, {sampler} {steps} steps, guidance {guidance_scale:g}"
-        return Method(
-            name,
-            f"{sampler}, guidance {guidance_scale:g}",
-            args.num_samples,
-            forwards_per_clip(steps, guidance_scale),
-            generate,
-        )
+        name = describe_preset(settings)
+        family = name.replace(f" {settings['steps']} steps", "").replace(f" {settings['steps']} trailing", " trailing")
+        nfe = forwards_per_clip(schedule.timesteps, settings)
+        return Method(f"ours, {name}", family, args.num_samples, nfe, generate)
 
-    return [method(*values) for values in product(args.sampler, args.steps, args.guidance_scale)]
+    return [method(settings) for settings in grid]
 
 
 def baseline_methods(args: argparse.Namespace, device: torch.device) -> list[Method]:
@@ -427,9 +421,11 @@ def evaluate(args: argparse.Namespace) -> None:
     weights["lpips"] = alexnet_path() if "lpips" in args.metrics else None
     weights = {name: Path(path) for name, path in weights.items() if path}
     hashes = {f"{name}_sha256": file_sha256(path) for name, path in weights.items()}
-    elsewhere = ("ckpt", "fvd_weights", "out_dir", "overwrite", "cache_dir", "batch_size", "num_videos")
+    elsewhere = ("ckpt", "fvd_weights", "out_dir", "overwrite", "cache_dir", "batch_size", "num_videos", "compile")
+    elsewhere += ("preset", *PRESETS["fast"])  # what they come to is in "sampling"
     settings = {name: value for name, value in vars(args).items() if name not in elsewhere} | hashes
     settings |= {"device": device.type, "data_root": os.path.realpath(args.data_root)}
+    settings["sampling"] = [describe_preset(values) for values in sampler_grid(args, PRESETS)] if checkpoint else []
     clips = [identify(video, i, args) for i, video in enumerate(videos)]
     results = PerClipResults(Path(args.out_dir), settings, clips, args.overwrite)
     score_all(evaluator, videos, results, args)

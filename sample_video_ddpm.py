@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset, data_as_trained, split_as_trained
 from diffusion.noise import SAMPLE, generator_for
-from diffusion.sampler import SAMPLERS, check_sampler, forwards_per_clip, sample_middle
+from diffusion.sampler import PRESETS, SAMPLERS, SPACINGS, check_sampler, forwards_per_clip, sample_middle
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
 from utils.checkpoint import load_checkpoint, load_weights
@@ -28,13 +28,11 @@ from utils.flags import (
     nonempty_path,
     positive_int,
     resolve_device,
-    sampler_settings,
+    sampler_grid,
     settle_clip_flags,
 )
 from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
 from utils.video_utils import cross_fade, join_clip, psnr, resize_and_crop, split_clip, to_float, to_gray, to_uint8
-
-CLIPS_AT_ONCE = 16  # in one batch; a clip's result does not depend on it
 
 
 def build_parser() -> Parser:
@@ -68,7 +66,7 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("sampler")
     group.add_argument("--num_samples", type=positive_int, default=1, help="different middles for each context")
-    add_sampler_flags(group, SAMPLERS)
+    add_sampler_flags(group, SAMPLERS, SPACINGS, PRESETS)
     return parser
 
 
@@ -81,14 +79,16 @@ class Contexts(NamedTuple):
     sources: list[str]
 
 
-def settle_with_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+def settle_with_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Fill the flags that were not given from the checkpoint, and check those that were.
 
+    Returns: the settings of the sampling loop.
     Raises: ValueError: naming the flag, the rule and the value.
     """
     settle_clip_flags(args, checkpoint)
-    check_sampler(checkpoint["diffusion_config"]["timesteps"], args.sampler, args.steps, args.eta)
-    if not checkpoint["args"].get("cfg_drop_prob") and args.guidance_scale != 1:
+    settings = sampler_grid(args, PRESETS)[0]
+    check_sampler(checkpoint["diffusion_config"]["timesteps"], settings)
+    if not checkpoint["args"].get("cfg_drop_prob") and settings["guidance_scale"] != 1:
         print(f"note: {args.ckpt} has no trained unconditional branch: it needs --guidance_scale 1", file=sys.stderr)
     if (args.start_images is None) != (args.end_images is None):
         raise ValueError("--start_images and --end_images must be given together")
@@ -97,6 +97,7 @@ def settle_with_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any])
         paths = getattr(args, flag)
         if paths is not None and len(paths) != k:
             raise ValueError(f"--{flag} must be {k} images, the checkpoint's endpoint_context (got {len(paths)})")
+    return settings
 
 
 def load_images(paths: Sequence[str], size: int, color_mode: str) -> Tensor:
@@ -156,11 +157,17 @@ def load_model(args: argparse.Namespace, checkpoint: dict[str, Any], device: tor
     """The network with the checkpoint's averaged (or, if asked, raw) weights, ready to sample."""
     model = build_model(checkpoint["model_config"])
     load_weights(model, checkpoint["model" if args.use_raw_model else "ema"], args.ckpt)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    return model.compile_for_sampling() if args.compile else model
 
 
 def generate(
-    args: argparse.Namespace, checkpoint: dict[str, Any], model: VideoUNet3D, contexts: Contexts, sample: int
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    checkpoint: dict[str, Any],
+    model: VideoUNet3D,
+    contexts: Contexts,
+    sample: int,
 ) -> Tensor:
     """The `sample`-th middle of every context, uint8 [B,C,M,H,W] on the CPU."""
     device = next(model.parameters()).device
@@ -168,8 +175,8 @@ def generate(
     schedule = DiffusionSchedule(diffusion["timesteps"], diffusion["schedule"]).to(device)
     generators = [generator_for(args.seed, SAMPLE, clip, sample) for clip in range(len(contexts.start))]
     amp = args.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    chunks = [slice(i, i + CLIPS_AT_ONCE) for i in range(0, len(generators), CLIPS_AT_ONCE)]
-    title, total = f"sample {sample + 1}/{args.num_samples}", args.steps * len(chunks)
+    chunks = [slice(i, i + args.batch_size) for i in range(0, len(generators), args.batch_size)]
+    title, total = f"sample {sample + 1}/{args.num_samples}", settings["steps"] * len(chunks)
     middles = []
     with (
         tqdm(total=total, desc=title, unit="step", disable=None) as bar,
@@ -180,7 +187,7 @@ def generate(
             middle = sample_middle(
                 model, schedule, start, end, num_middle=args.num_frames - 2 * args.endpoint_context,
                 noise_offset=diffusion["noise_offset"], generator=generators[chunk],
-                callback=lambda **_: bar.update(), **sampler_settings(args),
+                callback=lambda **_: bar.update(), **settings,
             )  # fmt: skip
             middles.append(to_uint8(middle).cpu())
     return torch.cat(middles)
@@ -225,7 +232,8 @@ def sample(args: argparse.Namespace) -> None:
     Raises: ValueError or OSError: for what the user can mend.
     """
     checkpoint = load_checkpoint(args.ckpt)
-    settle_with_checkpoint(args, checkpoint)
+    settings = settle_with_checkpoint(args, checkpoint)
+    nfe = forwards_per_clip(checkpoint["diffusion_config"]["timesteps"], settings)
     out_dir = Path(args.out_dir)
     refuse_to_overwrite(out_dir, args.overwrite)
     contexts = load_contexts(args, checkpoint)
@@ -236,7 +244,7 @@ def sample(args: argparse.Namespace) -> None:
     scores = []
     for n in range(args.num_samples):
         clock = time.perf_counter()
-        middles = generate(args, checkpoint, model, contexts, n)
+        middles = generate(args, settings, checkpoint, model, contexts, n)
         seconds = (time.perf_counter() - clock) / clips
         for clip in range(clips):
             alone = clips == args.num_samples == 1
@@ -244,16 +252,13 @@ def sample(args: argparse.Namespace) -> None:
             save_sample(folder, contexts, clip, middles[clip], args)
             found = score(contexts, clip, middles[clip])
             scores.append(found)
-            settings = vars(args) | {
+            description = vars(args) | settings | {
                 "device": str(device), "checkpoint_step": checkpoint["step"], "source": contexts.sources[clip],
-                "clip": clip, "sample": n, "scores": found, "nfe": forwards_per_clip(args.steps, args.guidance_scale),
+                "clip": clip, "sample": n, "scores": found, "nfe": nfe,
                 "seconds": seconds,
             }  # fmt: skip
-            save_json(folder / "sample.json", settings)
-            quality = (
-                f": middle PSNR {found['psnr']:.2f} dB (cross-fade {found['psnr_cross_fade']:.2f} dB)" if found else ""
-            )
-            print(f"{folder}{quality}")
+            save_json(folder / "sample.json", description)
+            print(f"{folder}: {describe(found)}" if found else folder)
     if len(scores) > 1 and all(scores):
         mean = {name: sum(entry[name] for entry in scores) / len(scores) for name in scores[0]}
         print(f"mean of {len(scores)}: {describe(mean)}")

@@ -98,11 +98,10 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     print("| variant | s / clip | clips / s | times the reference | lowest to highest |" + " peak MiB |" * peaks)
     print("|---|---|---|---|---|" + "---|" * peaks)
     for row in rows:
-        print(
-            f"| {row['variant']} | {row['seconds_per_clip']:.4g} | {row['clips_per_second']:.4g} | {row['ratio']:.2f} | "
-            f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f} |" + (f" {row['peak_mib']:.0f} |" if peaks else ""),
-            flush=True,
-        )
+        peak = f" {row['peak_mib']:.0f} |" if peaks else ""
+        speed = f"{row['seconds_per_clip']:.4g} | {row['clips_per_second']:.4g}"
+        ratio = f"{row['ratio']:.2f} | {row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
+        print(f"| {row['variant']} | {speed} | {ratio} |{peak}", flush=True)
 
 
 def save_findings(out_dir: str, name: str, device: torch.device, findings: dict[str, Any]) -> None:

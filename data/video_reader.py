@@ -1,7 +1,8 @@
 """Frame-accurate decoding of MP4 files with PyAV.
 
 Frames are numbered by what a full decode yields, never by timestamps times rate: variable rates, edit lists and
-damaged packets then need no special case. Where that decode also gave rising timestamps, they find a frame again. Every decoder runs on one thread, since loading is parallel over files.
+damaged packets then need no special case. Where that decode also gave rising timestamps, they find a frame again.
+Every decoder runs on one thread, since loading is parallel over files.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
 """The one sampling loop: from noise to middle frames, by DDIM or DPM-Solver++(2M), with classifier-free guidance."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,18 @@ from diffusion.schedule import DiffusionSchedule
 THRESHOLD_QUANTILE = 0.995
 SAMPLERS = ("ddim", "dpmpp_2m")
 SPACINGS = ("linspace", "trailing")
+# Settings that go together: the reference design's, and the fewest forwards that lose nothing against 100 DDIM steps in
+# PSNR, SSIM and temporal error (measured in the README).
+PRESETS = {
+    "fast": {
+        "sampler": "ddim", "steps": 7, "spacing": "linspace", "guidance_scale": 1.8, "guidance_interval": (0.6, 0.9),
+        "eta": 0.0,
+    },
+    "reference": {
+        "sampler": "ddim", "steps": 40, "spacing": "linspace", "guidance_scale": 1.8, "guidance_interval": (0.0, 1.0),
+        "eta": 0.0,
+    },
+}  # fmt: skip
 
 
 class Denoiser(Protocol):
@@ -46,25 +58,25 @@ def visited_timesteps(timesteps: int, steps: int, spacing: str = "linspace") -> 
     return torch.linspace(timesteps - 1, last, steps, dtype=torch.float64).round().long().tolist()
 
 
-def check_sampler(
-    timesteps: int,
-    sampler: str,
-    steps: int,
-    eta: float,
-    spacing: str = "linspace",
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-) -> None:
-    """Raises: ValueError: naming the flag, if these settings fit no sampler or not a schedule of so many timesteps."""
+def check_sampler(timesteps: int, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that fit no sampler, or not a schedule of so many timesteps.
+
+    Args:
+        timesteps: length of the noise schedule.
+        settings: sampler, steps, spacing, guidance_interval and eta, as in PRESETS.
+
+    Raises: ValueError: naming the flag, the rule and the value.
+    """
+    sampler, eta, (low, high) = settings["sampler"], settings["eta"], settings["guidance_interval"]
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler must be one of {', '.join(SAMPLERS)} (got {sampler})")
     if not 0 <= eta <= 1:
         raise ValueError(f"--eta must lie in [0, 1] (got {eta})")
     if sampler == "dpmpp_2m" and eta > 0:
         raise ValueError(f"--eta must be 0 with --sampler dpmpp_2m, which adds no noise (got {eta})")
-    low, high = guidance_interval
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--guidance_interval must be two rising numbers in [0, 1] (got {low} {high})")
-    visited_timesteps(timesteps, steps, spacing)
+    visited_timesteps(timesteps, settings["steps"], settings["spacing"])
 
 
 def is_guided(t: int, timesteps: int, guidance_scale: float, guidance_interval: tuple[float, float]) -> bool:
@@ -76,16 +88,11 @@ def is_guided(t: int, timesteps: int, guidance_scale: float, guidance_interval: 
     return guidance_scale not in (0, 1) and low <= t / max(1, timesteps - 1) <= high
 
 
-def forwards_per_clip(
-    timesteps: int,
-    steps: int,
-    guidance_scale: float,
-    spacing: str = "linspace",
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-) -> int:
+def forwards_per_clip(timesteps: int, settings: Mapping[str, Any]) -> int:
     """Network forwards (nfe) that one sample costs: one per step, and one more where the step is guided."""
-    visited = visited_timesteps(timesteps, steps, spacing)
-    return steps + sum(is_guided(t, timesteps, guidance_scale, guidance_interval) for t in visited)
+    visited = visited_timesteps(timesteps, settings["steps"], settings["spacing"])
+    scale, interval = settings["guidance_scale"], settings["guidance_interval"]
+    return len(visited) + sum(is_guided(t, timesteps, scale, interval) for t in visited)
 
 
 def guided_denoiser(
@@ -225,7 +232,14 @@ def sample_middle(
         )
     if num_middle < 1:
         raise ValueError(f"num_middle must be at least 1 (got {num_middle})")
-    check_sampler(schedule.timesteps, sampler, steps, eta, spacing, guidance_interval)
+    settings = {
+        "sampler": sampler,
+        "steps": steps,
+        "spacing": spacing,
+        "guidance_interval": guidance_interval,
+        "eta": eta,
+    }
+    check_sampler(schedule.timesteps, settings)
 
     visited = visited_timesteps(schedule.timesteps, steps, spacing)
     guided = [is_guided(t, schedule.timesteps, guidance_scale, guidance_interval) for t in visited]

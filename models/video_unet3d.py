@@ -126,6 +126,12 @@ class VideoUNet3D(nn.Module):
                 parameter.data = parameter.data.contiguous(memory_format=memory_format)
         return self
 
+    def compile_for_sampling(self) -> "VideoUNet3D":
+        """torch.compile both steps of sampling, for fixed shapes; the state dict keeps its names. Returns self."""
+        self.encode_contexts = torch.compile(self.encode_contexts, dynamic=False)
+        self.denoise = torch.compile(self.denoise, dynamic=False)
+        return self
+
     @property
     def size_multiple(self) -> int:
         """Height and width must be multiples of this: every level halves them."""

@@ -66,7 +66,9 @@ def test_a_run_leaves_table_numbers_and_a_page_that_loads_nothing(evaluate, tmp_
     assert found["clips"] == 5 and [row["method"] for row in found["rows"]][1:] == ["nearest", "cross-fade"]
     for key in ("versions", "git", "device", "data_fingerprint", "rules"):
         assert found[key]
-    assert len(found["settings"]["checkpoint_sha256"]) == 64 and found["settings"]["guidance_scale"] == [1.8]
+    assert len(found["settings"]["checkpoint_sha256"]) == 64 and found["settings"]["sampling"] == [
+        "ddim 2 steps, guidance 1.8"
+    ]
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("data:image/png;base64,") == 3  # the best, the median and the worst clip
     assert not re.search(r'(src|href)="(?!data:|#)|@import|url\((?!#)', page) and "<script" not in page
@@ -163,9 +165,12 @@ def test_other_settings_never_overwrite_results(evaluate, tmp_path, capsys):
     assert "holds an evaluation with " in capsys.readouterr().err
     evaluate("--steps", 3, status=2)
     message = capsys.readouterr().err
-    assert "holds an evaluation with steps = [2] (now [3])" in message and message.count("error") == 1
+    assert (
+        "sampling = ['ddim 2 steps, guidance 1.8'] (now ['ddim 3 steps, guidance 1.8'])" in message
+        and message.count("error") == 1
+    )
     assert (tmp_path / "out/per_clip.jsonl").read_bytes() == kept
-    assert evaluate("--steps", 3, "--overwrite")["settings"]["steps"] == [3]
+    assert evaluate("--steps", 3, "--overwrite")["settings"]["sampling"] == ["ddim 3 steps, guidance 1.8"]
 
 
 def test_samples_have_mean_mean_image_and_best_and_never_the_best_alone(evaluate):

@@ -234,7 +234,8 @@ def test_outside_the_guidance_interval_one_branch_runs_with_the_result_of_scale_
             guidance_interval=interval, generator=generators(5, 6),
             callback=lambda **state: velocities.append(state["v"]),
         )  # fmt: skip
-        nfe = forwards_per_clip(1000, 5, guidance_scale, guidance_interval=interval)
+        settings = {"steps": 5, "spacing": "linspace", "guidance_scale": guidance_scale, "guidance_interval": interval}
+        nfe = forwards_per_clip(1000, settings)
         assert sum(model.forwards) == 2 * nfe  # two clips
         return velocities, model.forwards
 

@@ -10,8 +10,10 @@ from conftest import tiny_checkpoint
 
 import sample_video_ddpm
 from data.video_reader import probe_video
+from diffusion.sampler import PRESETS, forwards_per_clip
 from sample_video_ddpm import build_parser, main
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.flags import sampler_grid
 from utils.io import read_image
 from utils.video_utils import resize_and_crop, to_gray
 
@@ -231,7 +233,19 @@ def test_every_flag_is_documented():
         assert action.help and len(action.help) > 5, action.option_strings
 
 
-def test_defaults_are_those_of_the_original_design():
-    defaults = vars(sample_video_ddpm.build_parser().defaults())
-    expected = {"steps": 40, "eta": 0.0, "guidance_scale": 1.8, "fps": 8, "clip_x0": True, "dynamic_threshold": False}
-    assert {name: defaults[name] for name in expected} == expected
+def parsed(*flags):
+    return sampler_grid(sample_video_ddpm.build_parser().parse_args(["--ckpt", "x.pt", *flags]), PRESETS)[0]
+
+
+def test_the_original_flags_mean_the_original_sampler_and_no_flag_the_fast_one():
+    reference = {
+        "sampler": "ddim", "steps": 40, "spacing": "linspace", "guidance_scale": 1.8, "guidance_interval": (0.0, 1.0),
+        "eta": 0.0, "clip_x0": True, "dynamic_threshold": False,
+    }  # fmt: skip
+    assert parsed("--steps", "40", "--eta", "0.0", "--guidance_scale", "1.8") == reference
+    assert parsed("--preset", "reference") == reference
+    for flag, value in (("steps", 12), ("guidance_scale", 1.0), ("eta", 0.5), ("sampler", "dpmpp_2m")):
+        assert parsed(f"--{flag}", str(value)) == reference | {flag: value}
+    assert parsed() == parsed("--preset", "fast") == reference | PRESETS["fast"]
+    assert parsed("--preset", "fast", "--steps", "12") == reference | PRESETS["fast"] | {"steps": 12}
+    assert forwards_per_clip(1000, reference) >= 6 * forwards_per_clip(1000, PRESETS["fast"])

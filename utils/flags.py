@@ -7,7 +7,8 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, NoReturn
 
 import torch
@@ -86,24 +87,48 @@ def add_clip_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--color_mode", choices=("rgb", "gray"), help="fixed by training")
 
 
-def add_sampler_flags(group: argparse._ArgumentGroup, samplers: Sequence[str], several: bool = False) -> None:
-    """How middles are sampled; with `several`, --sampler, --steps and --guidance_scale take any number of values."""
+def add_sampler_flags(
+    group: argparse._ArgumentGroup,
+    samplers: Sequence[str],
+    spacings: Sequence[str],
+    presets: Mapping[str, Mapping[str, Any]],
+    several: bool = False,
+) -> None:
+    """How middles are sampled, read by `sampler_grid`; with `several`, some flags take any number of values."""
     grid = {"nargs": "+"} if several else {}
     each = "; several values = every combination" if several else ""
-    default = (lambda value: [value]) if several else (lambda value: value)
+    described = "; ".join(f"{name} = {describe_preset(values)}" for name, values in presets.items())
     group.add_argument(
-        "--sampler", choices=tuple(samplers), default=default("ddim"), **grid,
-        help=f"ddim, or dpmpp_2m: second order, DPM-Solver++(2M){each}",
+        "--preset", choices=tuple(presets), **grid,
+        help=f"the values of those flags below that are not given: {described}; None = fast, or reference where "
+        "--sampler, --steps, --spacing, --guidance_scale, --guidance_interval or --eta is given",
     )  # fmt: skip
     group.add_argument(
-        "--steps", type=positive_int, default=default(40), **grid,
-        help=f"sampler steps, at most the schedule's length{each}",
+        "--sampler", choices=tuple(samplers), **grid,
+        help=f"ddim, or dpmpp_2m: second order, DPM-Solver++(2M); None = the preset's{each}",
     )  # fmt: skip
-    group.add_argument("--eta", type=probability, default=0.0, help="0 = deterministic .. 1 = DDPM's noise; ddim only")
     group.add_argument(
-        "--guidance_scale", type=non_negative_float, default=default(1.8), **grid,
-        help=f"1 = plain conditional (half the work), above 1 = contexts weigh more, 0 = contexts ignored{each}",
+        "--steps", type=positive_int, **grid,
+        help=f"sampler steps, at most the schedule's length; None = the preset's{each}",
     )  # fmt: skip
+    group.add_argument(
+        "--spacing", choices=tuple(spacings),
+        help="timesteps visited: linspace = evenly and both ends, trailing = evenly and a whole stride above the clean "
+        "end; None = the preset's",
+    )  # fmt: skip
+    group.add_argument(
+        "--guidance_scale", type=non_negative_float, **grid,
+        help="1 = plain conditional (half the work), above 1 = contexts weigh more, 0 = contexts ignored; "
+        f"None = the preset's{each}",
+    )  # fmt: skip
+    group.add_argument(
+        "--guidance_interval", type=probability, nargs=2, metavar=("LO", "HI"),
+        help="guide between these shares of the noise schedule only, 0 = clean, 1 = noise; elsewhere one forward per "
+        "step does; None = the preset's",
+    )  # fmt: skip
+    group.add_argument(
+        "--eta", type=probability, help="0 = deterministic .. 1 = DDPM's noise, ddim only; None = the preset's"
+    )
     group.add_argument("--seed", type=non_negative_int, default=0, help="of the noise, per clip and sample")
     group.add_argument(
         "--clip_x0", action=argparse.BooleanOptionalAction, default=True,
@@ -114,15 +139,45 @@ def add_sampler_flags(group: argparse._ArgumentGroup, samplers: Sequence[str], s
         help="scale clean predictions by a percentile instead of clipping them",
     )  # fmt: skip
     group.add_argument(
+        "--batch_size", type=positive_int, default=8, help="clips at once; results depend on it by rounding only"
+    )
+    group.add_argument(
         "--amp", action=argparse.BooleanOptionalAction, default=True,
         help="bf16 autocast on a GPU that has it; does nothing on CPU",
     )  # fmt: skip
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile the network: a minute or more at the start, for many clips",
+    )  # fmt: skip
 
 
-def sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `add_sampler_flags` that the sampling loop takes, by its names for them."""
-    names = ("sampler", "steps", "guidance_scale", "eta", "clip_x0", "dynamic_threshold")
-    return {name: getattr(args, name) for name in names}
+def describe_preset(values: Mapping[str, Any]) -> str:
+    """A preset in few words, as for "ddim 40 steps, guidance 1.8"."""
+    low, high = values["guidance_interval"]
+    interval = f" in [{low:g}, {high:g}]" if (low, high) != (0, 1) else ""
+    trailing = f" {values['spacing']}" if values["spacing"] != "linspace" else ""
+    eta = f", eta {values['eta']:g}" if values["eta"] else ""
+    return (
+        f"{values['sampler']} {values['steps']}{trailing} steps, guidance {values['guidance_scale']:g}{interval}{eta}"
+    )
+
+
+def sampler_grid(args: argparse.Namespace, presets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values of `add_sampler_flags`, as keyword arguments of the sampling loop.
+
+    What is not given comes from --preset; without that from "fast", so long as nothing of a preset is given.
+    """
+    given = {name: getattr(args, name) for name in presets["fast"] if getattr(args, name) is not None}
+    if "guidance_interval" in given:
+        given["guidance_interval"] = tuple(given["guidance_interval"])
+    chosen = args.preset or ("reference" if given else "fast")
+    common = {"clip_x0": args.clip_x0, "dynamic_threshold": args.dynamic_threshold}
+    grid: list[dict[str, Any]] = []
+    for preset in [chosen] if isinstance(chosen, str) else chosen:
+        values = presets[preset] | given
+        choices = [value if isinstance(value, list) else [value] for value in values.values()]
+        grid += [dict(zip(values, combination, strict=True)) | common for combination in product(*choices)]
+    return [settings for i, settings in enumerate(grid) if settings not in grid[:i]]
 
 
 def settle_clip_flags(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,212 @@
+"""Seconds per clip of sampling, and what the speed costs in quality, against the original design's way.
+
+    python benchmarks/bench_sampling.py --ckpt outputs/demo/best.pt
+
+The reference runs 40 DDIM steps at guidance 1.8 eagerly: two forwards per step, one per guidance branch, each after
+encoding both contexts anew, convolutions in torch's default memory layout. At guidance 1 it runs both branches, too.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Variant, add_common_flags, compare, interleave, print_rows, save_findings
+from data.kinetics_video_dataset import (
+    DecodedFrames,
+    VideoClipDataset,
+    data_as_trained,
+    split_as_trained,
+    usable_videos,
+)
+from diffusion.noise import SAMPLE, generator_for
+from diffusion.sampler import PRESETS, forwards_per_clip, sample_middle
+from diffusion.schedule import DiffusionSchedule
+from evaluation.metrics import HIGHER_IS_BETTER, Scorer, missing_for
+from evaluation.results import estimate
+from models.video_unet3d import VideoUNet3D, build_model
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.flags import Parser, describe_preset, non_negative_int, nonempty_path, positive_int, resolve_device
+from utils.io import save_mp4
+from utils.video_utils import split_clip, to_float
+
+UNGUIDED = {"guidance_scale": 1.0}
+METRICS = {"psnr": "psnr", "ssim": "ssim", "temporal": "temporal_l1"}  # metric: the score it gives
+
+
+def build_parser() -> Parser:
+    """Every flag with its default."""
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("model and clips")
+    group.add_argument("--ckpt", required=True, help="checkpoint of train_video_ddpm.py: last.pt or best.pt")
+    group.add_argument(
+        "--data_root", type=nonempty_path, help="folder of MP4 files; None = the checkpoint's own held-out clips"
+    )
+    group.add_argument("--cache_dir", type=nonempty_path, help="folder for the file index; None = as in training")
+    group.add_argument(
+        "--batch_sizes", type=positive_int, nargs="+", default=[1, 8], help="clips at once; a table for each"
+    )
+    group.add_argument(
+        "--quality_clips", type=non_negative_int, default=32,
+        help="clips on which the default and the reference are scored; 0 = none",
+    )  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="time torch.compile of the default, too")
+    add_common_flags(parser, rounds=5)
+    return parser
+
+
+class OriginalWay:
+    """A Denoiser that does what the original does: both branches at every step, apart, each with its own encoding."""
+
+    def __init__(self, model: VideoUNet3D):
+        self.model = copy.deepcopy(model).lay_out(channels_last=False)
+
+    def encode_contexts(self, start_context: Tensor, end_context: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing yet: the contexts themselves."""
+        return start_context, end_context
+
+    def denoise(self, x_t: Tensor, t: Tensor, features: tuple[Tensor, Tensor]) -> Tensor:
+        """A guided step's two halves one after the other, or an unguided step's branch after one that nobody uses."""
+        start, end = features
+        branches = len(x_t) // 2 if not start[: len(x_t) // 2].any() else len(x_t)  # blank contexts come first
+        if branches == len(x_t):
+            self.model.denoise(x_t, t, self.model.encode_contexts(torch.zeros_like(start), torch.zeros_like(end)))
+        halves = [slice(i, i + branches) for i in range(0, len(x_t), branches)]
+        return torch.cat(
+            [self.model.denoise(x_t[h], t[h], self.model.encode_contexts(start[h], end[h])) for h in halves]
+        )
+
+
+def load_clips(args: Any, checkpoint: dict[str, Any], count: int) -> Tensor:
+    """Central windows of so many clips, uint8 [B,C,T,size,size]; fewer files than that are used again."""
+    clip = checkpoint["clip_config"]
+    span = (clip["num_frames"] - 1) * clip["frame_stride"] + 1
+    if args.data_root:
+        videos = usable_videos(args.data_root, span, args.cache_dir or "outputs/cache", count)
+    else:
+        root, cache_dir = data_as_trained(checkpoint, None, args.cache_dir, save_mp4)
+        videos = split_as_trained(checkpoint, root, cache_dir)[1][:count]
+    source = DecodedFrames(clip["size"], clip["color_mode"])
+    windows = {"num_frames": clip["num_frames"], "frame_stride": clip["frame_stride"]}
+    dataset = VideoClipDataset(videos, source, **windows, seed=0, random_window=False)
+    return torch.stack([dataset[0, i % len(videos)].clip for i in range(count)])
+
+
+def sampling(
+    model: Any, schedule: DiffusionSchedule, clips: Tensor, k: int, settings: dict[str, Any], amp: bool
+) -> Callable[[], Tensor]:
+    """A function that generates the middles of float clips [B,C,T,H,W] from fixed noise."""
+    start, middle, end = split_clip(clips, k)
+
+    def run() -> Tensor:
+        generators = [generator_for(0, SAMPLE, i) for i in range(len(clips))]
+        with torch.autocast(clips.device.type, torch.bfloat16, enabled=amp):
+            return sample_middle(
+                model, schedule, start, end, num_middle=middle.shape[2], generator=generators, **settings
+            )
+
+    return run
+
+
+def score(
+    generate: Callable[[Tensor], Tensor], clips: Tensor, k: int, metrics: Sequence[str]
+) -> dict[str, list[float]]:
+    """Per-clip scores of what `generate` makes, a batch of eight at a time."""
+    scorer = Scorer(metrics, published=False, device=clips.device)
+    found: dict[str, list[float]] = {METRICS[name]: [] for name in metrics}
+    for batch in clips.split(8):
+        start, middle, end = split_clip(batch, k)
+        for line in scorer(generate(batch), middle, start, end):
+            for name, values in found.items():
+                values.append(line[name])
+    return found
+
+
+def print_quality(reference: dict[str, list[float]], ours: dict[str, list[float]], clips: int) -> dict[str, Any]:
+    """Means of both and their difference paired over clips, with its 95 % bootstrap interval."""
+    print(
+        f"\nquality on {clips} clips\n\n| score | reference | default | default - reference, paired |\n|---|---|---|---|"
+    )
+    rows = {}
+    for name in ours:
+        sign = "" if HIGHER_IS_BETTER[name] else " (lower is better)"
+        difference = estimate([b - a for a, b in zip(reference[name], ours[name], strict=True)])
+        means = [estimate(values).mean for values in (reference[name], ours[name])]
+        rows[name] = {"reference": means[0], "default": means[1], "difference": difference._asdict()}
+        print(
+            f"| {name}{sign} | {means[0]:.4f} | {means[1]:.4f} | "
+            f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] |"
+        )
+    return rows
+
+
+@torch.no_grad()
+def benchmark(args: Any) -> None:
+    """From flags to tables.
+
+    Raises: ValueError: for what the user can mend.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = resolve_device(args.device)
+    checkpoint = load_checkpoint(args.ckpt)
+    diffusion, k = checkpoint["diffusion_config"], checkpoint["model_config"]["endpoint_context"]
+    schedule = DiffusionSchedule(diffusion["timesteps"], diffusion["schedule"]).to(device)
+    model = build_model(checkpoint["model_config"])
+    load_weights(model, checkpoint["ema"], args.ckpt)
+    model = model.to(device).eval()
+    amp = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    original, reference = OriginalWay(model), PRESETS["reference"]
+    ways = [
+        ("reference, " + describe_preset(reference), original, reference),
+        ("ours, " + describe_preset(reference), model, reference),
+        ("reference, " + describe_preset(reference | UNGUIDED), original, reference | UNGUIDED),
+        ("ours, " + describe_preset(reference | UNGUIDED), model, reference | UNGUIDED),
+        ("ours, default: " + describe_preset(PRESETS["fast"]), model, PRESETS["fast"]),
+    ]
+    if args.compile:
+        compiled = copy.deepcopy(model).compile_for_sampling()
+        ways.append(("ours, default, compiled", compiled, PRESETS["fast"]))
+    clips = to_float(load_clips(args, checkpoint, max(*args.batch_sizes, args.quality_clips))).to(device)
+
+    findings: dict[str, Any] = {"nfe": {name: forwards_per_clip(schedule.timesteps, s) for name, s in PRESETS.items()}}
+    for size in args.batch_sizes:
+        variants = [
+            Variant(name, sampling(net, schedule, clips[:size], k, settings, amp and net is not original), size)
+            for name, net, settings in ways
+        ]
+        timings = interleave(variants, args.rounds, device)
+        rows = compare(timings, ways[0][0])
+        rows[3] |= {key: compare(timings, ways[2][0])[3][key] for key in ("ratio", "ratio_low", "ratio_high")}
+        rows[3]["variant"] += " (against the reference at guidance 1)"
+        print_rows(f"{size} clip{'s' * (size > 1)} at once, {device}, {torch.get_num_threads()} threads", rows)
+        findings[f"batch {size}"] = rows
+    if args.quality_clips:
+        metrics = [name for name in METRICS if not missing_for(name, clips.shape[-1])]
+        found = [
+            score(lambda batch, n=net, s=s: sampling(n, schedule, batch, k, s, False)(), clips, k, metrics)
+            for net, s in ((original, reference), (model, PRESETS["fast"]))
+        ]
+        findings["quality"] = print_quality(*found, len(clips))
+    save_findings(args.out_dir, "sampling", device, findings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = build_parser()
+    try:
+        benchmark(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
