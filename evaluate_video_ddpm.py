@@ -264,7 +264,7 @@ def model_methods(args: argparse.Namespace, checkpoint: dict[str, Any], device: 
                 )  # fmt: skip
 
         name = describe_preset(settings)
-        family = name.replace(f" {settings['steps']} steps", "").replace(f" {settings['steps']} trailing", " trailing")
+        family = name.replace(f" {settings['steps']}", "", 1)  # one curve of the plot: any number of steps
         nfe = forwards_per_clip(schedule.timesteps, settings)
         return Method(f"ours, {name}", family, args.num_samples, nfe, generate)
 

@@ -63,25 +63,33 @@ def build_parser() -> Parser:
 
 
 class OriginalWay:
-    """A Denoiser that does what the original does: both branches at every step, apart, each with its own encoding."""
+    """A Denoiser that does what the original does: both branches at every step, apart, each with its own encoding.
 
-    def __init__(self, model: VideoUNet3D):
+    Args:
+        model: whose weights are used, in torch's default memory layout.
+        guided: whether x_t comes with both branches (blank contexts first); if not, the blank one is run and dropped.
+    """
+
+    def __init__(self, model: VideoUNet3D, guided: bool):
         self.model = copy.deepcopy(model).lay_out(channels_last=False)
+        self.guided = guided
 
     def encode_contexts(self, start_context: Tensor, end_context: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing yet: the contexts themselves."""
         return start_context, end_context
 
     def denoise(self, x_t: Tensor, t: Tensor, features: tuple[Tensor, Tensor]) -> Tensor:
-        """A guided step's two halves one after the other, or an unguided step's branch after one that nobody uses."""
+        """The velocity of x_t, two forwards whatever the guidance."""
         start, end = features
-        branches = len(x_t) // 2 if not start[: len(x_t) // 2].any() else len(x_t)  # blank contexts come first
-        if branches == len(x_t):
-            self.model.denoise(x_t, t, self.model.encode_contexts(torch.zeros_like(start), torch.zeros_like(end)))
-        halves = [slice(i, i + branches) for i in range(0, len(x_t), branches)]
-        return torch.cat(
-            [self.model.denoise(x_t[h], t[h], self.model.encode_contexts(start[h], end[h])) for h in halves]
-        )
+        if not self.guided:
+            self.forward(x_t, t, torch.zeros_like(start), torch.zeros_like(end))
+            return self.forward(x_t, t, start, end)
+        halves = zip(*(part.chunk(2) for part in (x_t, t, start, end)), strict=True)
+        return torch.cat([self.forward(*half) for half in halves])
+
+    def forward(self, x_t: Tensor, t: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        """Encode and denoise."""
+        return self.model.denoise(x_t, t, self.model.encode_contexts(start, end))
 
 
 def load_clips(args: Any, checkpoint: dict[str, Any], count: int) -> Tensor:
@@ -131,12 +139,11 @@ def score(
 
 def print_quality(reference: dict[str, list[float]], ours: dict[str, list[float]], clips: int) -> dict[str, Any]:
     """Means of both and their difference paired over clips, with its 95 % bootstrap interval."""
-    print(
-        f"\nquality on {clips} clips\n\n| score | reference | default | default - reference, paired |\n|---|---|---|---|"
-    )
+    print(f"\nquality on {clips} clips; differences are paired, with their 95 % bootstrap interval\n")
+    print("| score | reference | default | difference |\n|---|---|---|---|")
     rows = {}
     for name in ours:
-        sign = "" if HIGHER_IS_BETTER[name] else " (lower is better)"
+        sign = "" if name in HIGHER_IS_BETTER else " (lower is better)"
         difference = estimate([b - a for a, b in zip(reference[name], ours[name], strict=True)])
         means = [estimate(values).mean for values in (reference[name], ours[name])]
         rows[name] = {"reference": means[0], "default": means[1], "difference": difference._asdict()}
@@ -163,11 +170,12 @@ def benchmark(args: Any) -> None:
     load_weights(model, checkpoint["ema"], args.ckpt)
     model = model.to(device).eval()
     amp = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    original, reference = OriginalWay(model), PRESETS["reference"]
+    original, unguided = OriginalWay(model, guided=True), OriginalWay(model, guided=False)
+    reference = PRESETS["reference"]
     ways = [
         ("reference, " + describe_preset(reference), original, reference),
         ("ours, " + describe_preset(reference), model, reference),
-        ("reference, " + describe_preset(reference | UNGUIDED), original, reference | UNGUIDED),
+        ("reference, " + describe_preset(reference | UNGUIDED), unguided, reference | UNGUIDED),
         ("ours, " + describe_preset(reference | UNGUIDED), model, reference | UNGUIDED),
         ("ours, default: " + describe_preset(PRESETS["fast"]), model, PRESETS["fast"]),
     ]
@@ -179,8 +187,8 @@ def benchmark(args: Any) -> None:
     findings: dict[str, Any] = {"nfe": {name: forwards_per_clip(schedule.timesteps, s) for name, s in PRESETS.items()}}
     for size in args.batch_sizes:
         variants = [
-            Variant(name, sampling(net, schedule, clips[:size], k, settings, amp and net is not original), size)
-            for name, net, settings in ways
+            Variant(name, sampling(net, schedule, clips[:size], k, s, amp and not isinstance(net, OriginalWay)), size)
+            for name, net, s in ways
         ]
         timings = interleave(variants, args.rounds, device)
         rows = compare(timings, ways[0][0])

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,7 @@ def build_parser() -> Parser:
         "--first_step", action="store_true",
         help="only the seconds from the start of train_video_ddpm.py --preset demo to its first optimiser step",
     )  # fmt: skip
+    group.add_argument("--T", dest="num_frames", type=positive_int, default=8, help="frames per clip of --memory")
     group.add_argument("--memory_of", choices=("kept", "checkpointed"), help=argparse.SUPPRESS)
     add_common_flags(parser, rounds=5)
     return parser
@@ -194,40 +196,56 @@ def resident_mib(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def step_memory(args: argparse.Namespace, device: torch.device, checkpointing: bool) -> dict[str, float]:
-    """MiB that lie still between two steps (weights, moments, EMA, the program), and the most during one."""
-    flags = ["--batch_size", "1"] + ["--activation_checkpointing"] * checkpointing
-    step, state = our_step(training_arguments(args.configuration, *flags), device)
-    step()  # AdamW makes its moments in the first one
+def rest_and_peak(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """MiB in use before a step, and the most during it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         rest = torch.cuda.memory_allocated(device) / 2**20
         step()
-        return {"between_steps": rest, "peak": torch.cuda.max_memory_allocated(device) / 2**20}
+        return rest, torch.cuda.max_memory_allocated(device) / 2**20
     ctypes.CDLL(None).malloc_trim(0)
     rest = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     step()
-    return {"between_steps": rest, "peak": resident_mib("VmHWM")}
+    return rest, resident_mib("VmHWM")
+
+
+def step_memory(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """MiB of a step at batch 1: the most it needs, and how much of that is activations.
+
+    For the second, gradients are there before the step, as zeros: what comes on top of them is what the forward pass
+    keeps and both passes need on the way.
+    """
+    flags = ["--batch_size", "1", "--T", str(args.num_frames)]
+    flags += ["--activation_checkpointing"] * (args.memory_of == "checkpointed")
+    step, state = our_step(training_arguments(args.configuration, *flags), device)
+    step()  # AdamW makes its moments in the first one
+    rest, peak = rest_and_peak(step, device)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.add_(0)  # touched, so that it counts as used
+    with_gradients, peak_with_gradients = rest_and_peak(step, device)
+    return {"between_steps": rest, "peak": peak, "activations": peak_with_gradients - with_gradients}
 
 
 def compare_memory(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Memory of a step at batch 1 with all activations kept and with checkpointing, each in a process of its own."""
-    found = {}
-    print(f"\nmemory of one {args.configuration} training step at batch 1, {device}\n")
-    print("| activations | between steps, MiB | peak, MiB | of the step itself, MiB |\n|---|---|---|---|")
+    """Memory of a step at batch 1 with activations kept and with checkpointing, each in a process of its own."""
+    found: dict[str, Any] = {}
+    # freed memory then leaves the process at once, so that what is resident is what is in use
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    print(f"\nmemory of one training step, {args.configuration} network, --T {args.num_frames}, batch 1, {device}\n")
+    print("| activations | activations, MiB | between steps, MiB | peak, MiB |\n|---|---|---|---|")
     for name in ("kept", "checkpointed"):
         command = [sys.executable, __file__, "--configuration", args.configuration, "--device", str(device)]
-        done = subprocess.run([*command, "--memory_of", name], capture_output=True, text=True, check=True)
+        command += ["--T", str(args.num_frames), "--threads", str(args.threads), "--memory_of", name]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
-        rest, peak = found[name]["between_steps"], found[name]["peak"]
-        found[name]["own"] = peak - rest
-        print(f"| {name} | {rest:.0f} | {peak:.0f} | {peak - rest:.0f} |", flush=True)
-    for key, words in (("own", "of the step itself"), ("peak", "of the whole process")):
-        saved = 1 - found["checkpointed"][key] / found["kept"][key]
-        print(f"{saved:.0%} less {words}")
-        found[f"saved_{key}"] = saved
+        row = [f"{found[name][key]:.0f}" for key in ("activations", "between_steps", "peak")]
+        print(f"| {name} | {' | '.join(row)} |", flush=True)
+    for key, words in (("activations", "for activations"), ("peak", "in all")):
+        found[f"saved_{key}"] = 1 - found["checkpointed"][key] / found["kept"][key]
+        print(f"{found[f'saved_{key}']:.0%} less {words}")
     return found
 
 
@@ -261,9 +279,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.threads:
             torch.set_num_threads(args.threads)
         if args.memory_of:
-            print(json.dumps(step_memory(args, device, args.memory_of == "checkpointed")))
+            print(json.dumps(step_memory(args, device)))
         elif args.memory:
-            save_findings(args.out_dir, "training_memory", device, compare_memory(args, device))
+            save_findings(args.out_dir, f"training_memory_T{args.num_frames}", device, compare_memory(args, device))
         elif args.first_step:
             save_findings(args.out_dir, "first_step", device, {"seconds": first_step(args.rounds)})
         else:

@@ -113,8 +113,8 @@ def add_sampler_flags(
     )  # fmt: skip
     group.add_argument(
         "--spacing", choices=tuple(spacings),
-        help="timesteps visited: linspace = evenly and both ends, trailing = evenly and a whole stride above the clean "
-        "end; None = the preset's",
+        help="timesteps visited: linspace = evenly, quadratic = closer together towards clean frames, trailing = "
+        "evenly and ending a stride above clean; None = the preset's",
     )  # fmt: skip
     group.add_argument(
         "--guidance_scale", type=non_negative_float, **grid,
@@ -155,11 +155,10 @@ def describe_preset(values: Mapping[str, Any]) -> str:
     """A preset in few words, as for "ddim 40 steps, guidance 1.8"."""
     low, high = values["guidance_interval"]
     interval = f" in [{low:g}, {high:g}]" if (low, high) != (0, 1) else ""
-    trailing = f" {values['spacing']}" if values["spacing"] != "linspace" else ""
+    spacing = f" {values['spacing']}" if values["spacing"] != "linspace" else ""
     eta = f", eta {values['eta']:g}" if values["eta"] else ""
-    return (
-        f"{values['sampler']} {values['steps']}{trailing} steps, guidance {values['guidance_scale']:g}{interval}{eta}"
-    )
+    guidance = f"guidance {values['guidance_scale']:g}{interval}"
+    return f"{values['sampler']} {values['steps']}{spacing} steps, {guidance}{eta}"
 
 
 def sampler_grid(args: argparse.Namespace, presets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

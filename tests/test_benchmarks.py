@@ -1,0 +1,116 @@
+"""The benchmarks: their reference variants compute the same things, and their ratios are what they say."""
+
+import json
+
+import pytest
+import torch
+
+import train_video_ddpm
+from benchmarks import bench_loading, bench_sampling, bench_training
+from benchmarks.measure import Timing, compare
+from data.kinetics_video_dataset import DecodedFrames, usable_videos
+from diffusion.sampler import sample_middle
+from diffusion.schedule import DiffusionSchedule
+from models.video_unet3d import build_model
+from training.optimisation import plan_learning_rate
+from training.state import model_config_of
+from utils.checkpoint import load_checkpoint
+from utils.video_utils import to_float
+
+CPU = torch.device("cpu")
+
+
+def test_ratios_are_taken_within_each_round():
+    rows = compare([Timing("slow", [4.0, 8.0, 6.0], None), Timing("fast", [1.0, 4.0, 2.0], None)], "slow")
+    assert [row["ratio"] for row in rows] == [1.0, 3.0]  # 4, 2 and 3 times
+    assert (rows[1]["ratio_low"], rows[1]["ratio_high"], rows[1]["clips_per_second"]) == (2.0, 4.0, 0.5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.8])
+def test_the_original_way_of_sampling_gives_the_same_frames_with_two_forwards_per_step(ckpt, guidance_scale):
+    checkpoint = load_checkpoint(ckpt)
+    model = build_model(checkpoint["model_config"])
+    model.load_state_dict(checkpoint["ema"])
+    original, counts = bench_sampling.OriginalWay(model.eval(), guided=guidance_scale != 1), []
+    original.model.encode_contexts = lambda *contexts: (
+        counts.append(len(contexts[0])),
+        model.encode_contexts(*contexts),
+    )[1]
+    contexts = torch.rand(2, 2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    made = [
+        sample_middle(
+            net, DiffusionSchedule(), *contexts, num_middle=4, steps=3, guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(1),
+        )
+        for net in (model, original)
+    ]  # fmt: skip
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-4)  # float32 convolutions in another order, three steps
+    assert counts == [2] * 6
+
+
+def test_the_original_training_step_leads_to_the_same_weights():
+    flags = ["--base_channels", "12", "--size", "16", "--batch_size", "2", "--ema_update_after_step", "0"]
+    args = bench_training.training_arguments("demo", *flags)
+    step, state = bench_training.our_step(args, CPU)
+    made = []
+    original_state = bench_training.new_state
+
+    def keep(*arguments):
+        made.append(original_state(*arguments))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_training, "new_state", keep)
+        original = bench_training.original_step(args, CPU)
+    plan = plan_learning_rate(args, total_steps=10**9, step=0, stored=None)
+    state.plan = plan | {"warmup_steps": 0}  # the rate of the original step does not change
+    for _ in range(2):
+        step()
+        original()
+    for name in ("model", "ema"):
+        for ours, theirs in zip(getattr(state, name).parameters(), getattr(made[0], name).parameters(), strict=True):
+            # Adam divides by the gradient's size: where that is rounding, a step of up to the learning rate is left
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2 * args.lr)
+    assert state.tally.read()["epoch_steps"] == 2
+    assert model_config_of(args)["base_channels"] == 12
+
+
+def test_the_reference_reader_gives_the_same_frames(square_videos, tmp_path):
+    videos = usable_videos(square_videos, 8, tmp_path, 2, log=lambda line: None)
+    for video in videos:
+        ours = DecodedFrames(32, "rgb").read(video, range(2, 10))
+        assert torch.equal(bench_loading.read_as_original(video, list(range(2, 10)), 32), to_float(ours))
+
+
+def test_counted_operations_are_those_of_the_design():
+    args = train_video_ddpm.build_parser().defaults()
+    # the design counts 239 GFLOP of 3-D convolutions; encoder, FiLM and attention come on top
+    assert 239 < bench_training.forward_flops(args) / 1e9 < 1.03 * 239
+
+
+def run(script, tmp_path, *flags):
+    assert script.main(["--rounds", "1", "--device", "cpu", "--out_dir", str(tmp_path / "out"), *map(str, flags)]) == 0
+
+
+def test_every_benchmark_prints_a_table_and_writes_what_it_found(ckpt, square_videos, tmp_path, capsys):
+    cache = ["--cache_dir", tmp_path / "cache"]
+    run(bench_loading, tmp_path, "--data_root", square_videos, "--clips", 16, "--memory_clips", 80,
+        "--num_workers", 1, *cache)  # fmt: skip
+    run(bench_sampling, tmp_path, "--ckpt", ckpt, "--data_root", square_videos, "--batch_sizes", 2,
+        "--quality_clips", 3, *cache)  # fmt: skip
+    run(bench_training, tmp_path, "--batch_sizes", 1)
+    printed = capsys.readouterr().out
+    assert "| MP4 files |" in printed and "MiB per 1,000 clips" in printed
+    assert "ours, default: " in printed and "| psnr |" in printed and "of the matrix rate" in printed
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
+    assert set(found) == {"loading", "sampling", "training_demo"}
+    for content in found.values():
+        assert content["machine"]["versions"]["torch"] and content["command"]
+    assert found["sampling"]["nfe"]["reference"] == 80 and len(found["loading"]["memory"]) == 10
+
+
+def test_bad_input_of_a_benchmark_is_one_line(tmp_path, capsys):
+    for script, flags in ((bench_sampling, ["--ckpt", "none.pt"]), (bench_loading, ["--data_root", "nowhere"])):
+        with pytest.raises(SystemExit) as stop:
+            script.main([*flags, "--out_dir", str(tmp_path)])
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
