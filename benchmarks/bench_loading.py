@@ -9,7 +9,6 @@ CPU. --memory_clips also watches the memory of loading processes over so many cl
 import os
 import sys
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.measure import Variant, add_common_flags, compare, interleave, print_rows, save_findings
+from benchmarks.measure import Variant, add_common_flags, compare, interleave, print_rows, resident_mib, save_findings
 from data.frame_cache import CachedFrames
 from data.kinetics_video_dataset import (
     ClipBatches,
@@ -97,27 +96,20 @@ def drain(batches: DataLoader) -> None:
             raise ValueError(f"--data_root: could not read {failures[-1]}")
 
 
-def worker_mib(processes: list[int]) -> float:
-    """Memory of processes together, in MiB, with what they share counted once (Linux's PSS)."""
-    total = 0
-    for process in processes:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
-
-
 def watch_memory(videos: list[Video], source: FrameSource, clips: int, num_workers: int) -> list[tuple[int, float]]:
-    """(clips loaded, MiB of all loading processes) at ten points of one long run over one loader."""
-    batches = clips // BATCH_SIZE
+    """(clips loaded, resident MiB of all loading processes) at ten points of one long run over one loader."""
+    batches = max(1, clips // BATCH_SIZE)
     iterator = iter(loader(videos, source, batches, num_workers))
     processes = [worker.pid for worker in iterator._workers]
     points = []
-    for number in count(1):
-        if next(iterator, None) is None or number == batches:
-            break
+    for number in range(1, batches + 1):
+        next(iterator)
         if number % max(1, batches // 10) == 0:
-            points.append((number * BATCH_SIZE, worker_mib(processes)))
-            print(f"{points[-1][0]} clips: {points[-1][1]:.1f} MiB in {num_workers} loading processes", flush=True)
+            points.append((number * BATCH_SIZE, sum(resident_mib("VmRSS", process) for process in processes)))
+            print(
+                f"{points[-1][0]} clips: {points[-1][1]:.1f} MiB resident in {num_workers} loading processes",
+                flush=True,
+            )
     return points
 
 

@@ -29,7 +29,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_video_ddpm
-from benchmarks.measure import Variant, add_common_flags, compare, interleave, print_rows, save_findings, seconds_of
+from benchmarks.measure import (
+    Variant,
+    add_common_flags,
+    compare,
+    interleave,
+    print_rows,
+    resident_mib,
+    save_findings,
+    seconds_of,
+)
 from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise
 from diffusion.noise import TRAIN, generator_for
 from diffusion.schedule import DiffusionSchedule
@@ -188,12 +197,6 @@ def time_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def resident_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (the most since it was reset) of this process, in MiB; Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def rest_and_peak(step: Callable[[], None], device: torch.device) -> tuple[float, float]:

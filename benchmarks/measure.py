@@ -91,6 +91,12 @@ def compare(timings: Sequence[Timing], reference: str) -> list[dict[str, Any]]:
     return rows
 
 
+def resident_mib(field: str, process: int | str = "self") -> float:
+    """VmRSS (now) or VmHWM (the most since it was reset) of a process, in MiB; Linux."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
 def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """The rows of `compare` as a Markdown table."""
     peaks = any(row["peak_mib"] is not None for row in rows)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_video_ddpm
-from benchmarks import bench_loading, bench_sampling, bench_training
+from benchmarks import bench_forms, bench_loading, bench_sampling, bench_training
 from benchmarks.measure import Timing, compare
 from data.kinetics_video_dataset import DecodedFrames, usable_videos
 from diffusion.sampler import sample_middle
@@ -88,25 +88,16 @@ def test_counted_operations_are_those_of_the_design():
     assert 239 < bench_training.forward_flops(args) / 1e9 < 1.03 * 239
 
 
-def run(script, tmp_path, *flags):
-    assert script.main(["--rounds", "1", "--device", "cpu", "--out_dir", str(tmp_path / "out"), *map(str, flags)]) == 0
-
-
-def test_every_benchmark_prints_a_table_and_writes_what_it_found(ckpt, square_videos, tmp_path, capsys):
-    cache = ["--cache_dir", tmp_path / "cache"]
-    run(bench_loading, tmp_path, "--data_root", square_videos, "--clips", 16, "--memory_clips", 80,
-        "--num_workers", 1, *cache)  # fmt: skip
-    run(bench_sampling, tmp_path, "--ckpt", ckpt, "--data_root", square_videos, "--batch_sizes", 2,
-        "--quality_clips", 3, *cache)  # fmt: skip
-    run(bench_training, tmp_path, "--batch_sizes", 1)
-    printed = capsys.readouterr().out
-    assert "| MP4 files |" in printed and "MiB per 1,000 clips" in printed
-    assert "ours, default: " in printed and "| psnr |" in printed and "of the matrix rate" in printed
-    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
-    assert set(found) == {"loading", "sampling", "training_demo"}
-    for content in found.values():
-        assert content["machine"]["versions"]["torch"] and content["command"]
-    assert found["sampling"]["nfe"]["reference"] == 80 and len(found["loading"]["memory"]) == 10
+def test_all_forms_of_an_operation_agree_and_are_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_forms, "CONVOLUTIONS", ((1, 8, 4, 8), (2, 4, 8, 8)))
+    monkeypatch.setattr(bench_forms, "ATTENTIONS", ((2, 8, 4),))
+    assert bench_forms.main(["--rounds", "1", "--device", "cpu", "--out_dir", str(tmp_path)]) == 0  # it compares them
+    assert capsys.readouterr().out.count("**") == 2 * 2 * 3  # the least of each row, forward and backward
+    found = json.loads((tmp_path / "forms.json").read_text())
+    assert len(found["convolution"]) == 2 and found["machine"]["versions"]["torch"]
+    monkeypatch.setattr(bench_forms, "broadcast", lambda q, k, v: v)
+    with pytest.raises(AssertionError, match="broadcasting differs"):
+        bench_forms.main(["--rounds", "1", "--device", "cpu", "--out_dir", str(tmp_path)])
 
 
 def test_bad_input_of_a_benchmark_is_one_line(tmp_path, capsys):

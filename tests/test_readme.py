@@ -20,6 +20,7 @@ from test_robot_pushing import can_render
 import evaluate_video_ddpm
 import sample_video_ddpm
 import train_video_ddpm
+from benchmarks import bench_loading, bench_sampling, bench_training
 from data import bair_to_mp4, check_videos, robot_pushing
 from diffusion.sampler import sample_middle
 from models.video_unet3d import VideoUNet3D, build_model
@@ -31,6 +32,9 @@ SCRIPTS = {
     "train_video_ddpm.py": train_video_ddpm.build_parser(),
     "sample_video_ddpm.py": sample_video_ddpm.build_parser(),
     "evaluate_video_ddpm.py": evaluate_video_ddpm.build_parser(),
+    "benchmarks/bench_sampling.py": bench_sampling.build_parser(),
+    "benchmarks/bench_training.py": bench_training.build_parser(),
+    "benchmarks/bench_loading.py": bench_loading.build_parser(),
     "data/robot_pushing.py": robot_pushing.build_parser(),
     "data/bair_to_mp4.py": bair_to_mp4.build_parser(),
     "data/check_videos.py": check_videos.build_parser(),
@@ -61,6 +65,13 @@ def lowered(script, arguments, videos):
         return [*arguments, "--train", "1", "--test", "1"]
     if script.startswith("data/"):
         return arguments
+    if script.startswith("benchmarks/"):
+        few = {
+            "sampling": ["--batch_sizes", "1", "--quality_clips", "2"],
+            "training": ["--configuration", "demo", "--batch_sizes", "1"],
+            "loading": ["--clips", "16", "--memory_clips", "80", "--num_workers", "1"],
+        }
+        return [*arguments, "--rounds", "1", *few[Path(script).stem.removeprefix("bench_")]]
     return (
         [*arguments, "--max_steps", "3"] if "--resume" in arguments else [*arguments, *TINY_FLAGS, "--max_steps", "2"]
     )
@@ -96,7 +107,8 @@ def test_every_command_of_the_readme_runs_in_order(square_videos, tmp_path):
         env=quiet_environment() | {"PYTHONPATH": str(ROOT)}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for made in ("demo/last.pt", "sample_motion_ctx2/sample.mp4", "evaluation/report.html"):
+    benchmarks = [f"benchmarks/{name}.json" for name in ("sampling", "training_demo", "first_step", "loading")]
+    for made in ("demo/last.pt", "sample_motion_ctx2/sample.mp4", "evaluation/report.html", *benchmarks):
         assert (tmp_path / "outputs" / made).is_file()
     assert (tmp_path / "bair/videos_val/traj_0_to_255_0000.mp4").is_file()
 

@@ -28,7 +28,8 @@ class TemporalAttention(nn.Module):
     """Self-attention with a fused qkv projection and an output projection over tokens [N,M,C].
 
     The attention is written as two matrix products: with a handful of frames and tens of thousands of rows it is the
-    faster form, and CUDA's fused kernels refuse more than 65,535 rows (pytorch issue 142228).
+    faster form in training (benchmarks/bench_forms.py), and CUDA's fused kernels refuse more than 65,535 rows (pytorch
+    issue 142228).
 
     Raises: ValueError: if the channels do not divide into the heads.
     """
@@ -48,6 +49,11 @@ class TemporalAttention(nn.Module):
         tokens = tokens + frame_position.to(tokens.dtype)
         qkv = self.qkv(tokens).view(n, m, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, M, C / heads]
-        weights = (q @ k.transpose(-2, -1) * (c // self.heads) ** -0.5).softmax(dim=-1)  # [N, heads, M, M]
-        mixed = (weights.to(v.dtype) @ v).transpose(1, 2).reshape(n, m, c)
+        mixed = self.attend(q, k, v).transpose(1, 2).reshape(n, m, c)
         return self.out(mixed)
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v, each [N, heads, M, d]."""
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)  # [N, heads, M, M]
+        return weights.to(v.dtype) @ v
