@@ -38,8 +38,7 @@ from diffusion.sampler import sample_middle
 from diffusion.schedule import SCHEDULES, DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, blind_levels, check_architecture
 from training.optimisation import autocast, choose_amp_dtype, learning_rate, optimise, plan_learning_rate
-from training.state import TrainingState, model_config_of, new_state, restore, save
-from utils.checkpoint import load_checkpoint
+from training.state import Saver, TrainingState, load_resumable, model_config_of, new_state, restore
 from utils.flags import (
     Parser,
     decay,
@@ -53,12 +52,12 @@ from utils.flags import (
     probability,
     resolve_device,
 )
-from utils.io import contact_sheet, enlarge, observed_frames, save_mp4, save_png
+from utils.io import contact_sheet, enlarge, observed_frames, remove_stale_temporaries, save_mp4, save_png
 from utils.records import Records, save_run_description, save_training_curves
 from utils.video_utils import cross_fade, join_clip, psnr, split_clip, to_float, to_uint8
 
 PREVIEW_CLIPS = 8
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what batch systems send ahead of time
 
 # What a checkpoint was trained as: network, clips, diffusion, and the split. On --resume these may not be changed.
 FIXED_FLAGS = (
@@ -216,7 +215,13 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("output")
     group.add_argument("--log_every", type=positive_int, default=20, help="steps between lines of metrics.jsonl")
     group.add_argument(
-        "--save_every", type=non_negative_int, default=0, help="steps between saves of last.pt; 0 = each epoch only"
+        "--save_every",
+        type=non_negative_int,
+        default=0,
+        help="steps between saves of last.pt within an epoch; 0 = none. The save before stays as prev.pt",
+    )
+    group.add_argument(
+        "--save_minutes", type=non_negative_float, default=0.0, help="minutes between saves of last.pt; 0 = none"
     )
     group.add_argument(
         "--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write TensorBoard events"
@@ -225,36 +230,41 @@ def build_parser() -> Parser:
     return parser
 
 
-def resolve_arguments(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+def resolve_arguments(
+    parser: Parser, argv: list[str] | None
+) -> tuple[argparse.Namespace, dict[str, Any] | None, Path | None]:
     """What the run will be: flags given, over the checkpoint's on --resume, over the preset's, over the defaults.
 
-    Returns: the arguments, and the checkpoint to go on from (None for a fresh run).
+    Returns: the arguments, and the checkpoint to go on from with its file (None and None for a fresh run).
     Raises: ValueError: for a missing or present last.pt, or a flag that contradicts the checkpoint.
     """
     given = parser.parse_given(argv)
     values = vars(parser.defaults()) | PRESETS.get(given.get("preset"), {})
-    last = Path(given.get("out_dir", values["out_dir"])) / "last.pt"
-    checkpoint = None
+    folder = Path(given.get("out_dir", values["out_dir"]))
+    there = [path for path in (folder / "last.pt", folder / "prev.pt") if path.exists()]
+    checkpoint = source = None
     if given.get("resume"):
-        if not last.is_file():
-            raise ValueError(f"--resume: there is no {last} to go on from; without --resume a new run starts")
-        checkpoint = load_checkpoint(last)
+        if not there:
+            raise ValueError(
+                f"--resume: there is no {folder / 'last.pt'} to go on from; without --resume a new run starts"
+            )
+        checkpoint, source = load_resumable(folder)
         stored = {name: value for name, value in checkpoint["args"].items() if name in values}
         for name in FIXED_FLAGS:
             if name in given and given[name] != stored.get(name):
                 flag = "T" if name == "num_frames" else name
                 raise ValueError(
-                    f"--{flag} is fixed by {last} (got {given[name]}, the checkpoint has {stored.get(name)})"
+                    f"--{flag} is fixed by {source} (got {given[name]}, the checkpoint has {stored.get(name)})"
                 )
         for name, value in given.items():
             if name in stored and stored[name] != value:
                 print(f"--{name} {value} overrides the checkpoint's {stored[name]}")
-        values |= stored | {"out_dir": str(last.parent)}  # a run may have been moved
-    elif last.exists() and not given.get("dry_run"):
-        raise ValueError(f"--out_dir {last.parent} already holds a last.pt; pass --resume or choose another folder")
+        values |= stored | {"out_dir": str(folder)}  # a run may have been moved
+    elif there and not given.get("dry_run"):
+        raise ValueError(f"--out_dir {folder} already holds a {there[0].name}; pass --resume or choose another folder")
     args = argparse.Namespace(**(values | given))
     check_arguments(args)
-    return args, checkpoint
+    return args, checkpoint, source
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -286,7 +296,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM, so that the loop can stop between two steps; a second one acts at once."""
+    """Remembers the first of STOP_SIGNALS, so that the loop can stop between two steps; a second one acts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -308,7 +318,8 @@ def outlive_first_signal(worker: int) -> None:
     Its death would break the main process in the middle of a save. The second SIGTERM ends it, as torch's own shutdown
     of a stuck process needs.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
@@ -404,8 +415,13 @@ def loss_text(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
+def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: Path | None) -> int:
     """Train to the end or to a stop signal; returns the exit status.
+
+    Args:
+        args: of the run.
+        checkpoint: to go on from; None = a fresh run.
+        source: its file.
 
     Raises: ValueError or OSError: for what the user can mend. FloatingPointError: if the loss is not finite.
     """
@@ -417,6 +433,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out_dir {out_dir}: cannot be made ({error.strerror})") from error
+    remove_stale_temporaries(out_dir)
     device = resolve_device(args.device)
     amp_dtype = choose_amp_dtype(args, device)
     if device.type == "cuda":
@@ -473,6 +490,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
     val_loader = DataLoader(val_clips, batch_sampler=val_batches, **loading)
     preview_keys = in_order[:: math.ceil(len(in_order) / PREVIEW_CLIPS)]
 
+    saver = Saver(out_dir, args, epoch_steps, last_is_whole=source is not None and source.name == "last.pt")
+
     def finish_epoch() -> None:
         """Validate, show, record and save."""
         epoch = math.ceil(state.position / epoch_steps)
@@ -493,8 +512,11 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
         if args.dry_run or (args.vis_every and (epoch % args.vis_every == 0 or finished())):
             clip = next(clips_on_device([collate([val_clips[key] for key in preview_keys])]))
             made, entry["psnr"], entry["psnr_cross_fade"] = preview(state.ema, schedule, clip, args, amp_dtype)
-            sheet = save_preview(out_dir / f"epoch_{epoch:04d}_sample", clip, made, args.endpoint_context)
-            records.add_sheet(state.step, sheet)
+            try:
+                sheet = save_preview(out_dir / f"epoch_{epoch:04d}_sample", clip, made, args.endpoint_context)
+                records.add_sheet(state.step, sheet)
+            except OSError as error:
+                tqdm.write(f"WARNING: --out_dir {out_dir}: the preview could not be written ({error})", file=sys.stderr)
             line += f"  middle PSNR {entry['psnr']:.2f} dB (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
         if "psnr" in entry or finished():
             save_training_curves(out_dir / "training_curves.png", state.history)
@@ -502,8 +524,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
         records.add("val", **entry)
         if val_loss < state.best_val_loss:
             state.best_val_loss = val_loss
-            save(out_dir / "best.pt", state, args, epoch_steps)
-        save(out_dir / "last.pt", state, args, epoch_steps)
+            saver.save_best(state)
+        saver.save_last(state)
 
     def skipped_steps() -> int:
         """Steps of the whole run whose gradients were not finite."""
@@ -540,8 +562,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
             if state.position % epoch_steps == 0 or finished():
                 finish_epoch()
                 clock, clips_seen = time.perf_counter(), 0
-            elif args.save_every and state.step % args.save_every == 0:
-                save(out_dir / "last.pt", state, args, epoch_steps)
+            elif saver.due(state.step):
+                saver.save_last(state)
     except FloatingPointError as error:
         kept = out_dir / "last.pt"
         good = f"the last good checkpoint is {kept}" if kept.is_file() else "no checkpoint was saved yet"
@@ -551,7 +573,9 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> int:
         records.close()
         stop.restore()
     if stop.signal is not None:
-        save(out_dir / "last.pt", state, args, epoch_steps)
+        saver.save_last(state)
+    if saver.failed:
+        raise ValueError(f"--out_dir {out_dir}: the work since the last save is lost, as it could not be written")
     if not finished():
         name = signal.Signals(stop.signal).name
         print(f"stopped by {name} after step {state.step}; go on with: {resume_command(args)}")

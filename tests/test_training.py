@@ -1,6 +1,7 @@
 """Training as a user runs it: exact resume, honest refusals, records and previews."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import pytest
@@ -16,6 +18,7 @@ import torch
 from conftest import TINY_FLAGS, moving_square
 
 import train_video_ddpm
+import training.state
 from data.video_reader import probe_video
 from train_video_ddpm import PRESETS, build_parser, main
 from training import optimisation
@@ -188,6 +191,83 @@ def test_a_killed_run_goes_on_from_its_last_save(square_videos, tmp_path, monkey
     run(killed, "--resume")
     a, b = (load_checkpoint(folder / "last.pt") for folder in (straight, killed))
     assert all(same(a[key], b[key]) for key in a if key not in ("args", "rng"))
+
+
+def test_a_damaged_checkpoint_costs_the_work_since_the_one_before_it_and_nothing_else(square_videos, tmp_path, capsys):
+    common = ["--data_root", square_videos, "--epochs", "2", "--vis_every", "0", *TINY_FLAGS]
+    straight = run(tmp_path / "straight", *common)
+    with interrupted(3):
+        out = run(tmp_path / "a", *common, "--save_every", "1", status=128 + signal.SIGTERM)
+    assert load_checkpoint(out / "prev.pt")["step"] == 3  # the third step's own save, then that of the signal
+    with interrupted(2):
+        out = run(tmp_path / "b", *common, "--save_every", "1", status=128 + signal.SIGTERM)
+    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])
+    kept = (out / "prev.pt").read_bytes()
+    capsys.readouterr()
+    with interrupted(3):
+        run(out, "--resume", "--save_every", "0", status=128 + signal.SIGTERM)
+    warning = capsys.readouterr().err
+    assert "WARNING" in warning and f"going on from {out / 'prev.pt'}, step 2" in warning
+    assert (out / "prev.pt").read_bytes() == kept  # the damaged file did not take its place
+    run(out, "--resume", "--save_every", "0")
+    assert same(load_checkpoint(straight / "last.pt")["model"], load_checkpoint(out / "last.pt")["model"])
+    for name in ("last.pt", "prev.pt"):
+        (out / name).write_bytes(b"PK")
+    run(out, "--resume", status=2)
+    assert "not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_a_line_and_the_attempt_but_not_the_run(square_videos, tmp_path, capsys, monkeypatch):
+    common = ["--data_root", square_videos, "--epochs", "2", "--vis_every", "0", "--save_every", "1", *TINY_FLAGS]
+    straight = run(tmp_path / "straight", *common)
+    save, calls = torch.save, []
+
+    def full(failing):
+        def write(content, file):
+            calls.append(1)
+            file.write(bytes(1000))
+            if failing(len(calls)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.seek(0)
+            save(content, file)
+
+        return write
+
+    monkeypatch.setattr(torch, "save", full(lambda call: call in (2, 3)))
+    out = run(tmp_path / "a", *common)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert len(warnings) == 2 and "No space left on device" in warnings[0]
+    assert f"MiB free in {out}" in warnings[0] and "untouched" in warnings[0]
+    assert same(load_checkpoint(straight / "last.pt")["model"], load_checkpoint(out / "last.pt")["model"])
+    assert not list(out.glob(".*.tmp"))
+
+    calls.clear()
+    monkeypatch.setattr(torch, "save", full(lambda call: call > 2))
+    out = run(tmp_path / "b", *common, status=2)
+    assert "the work since the last save is lost" in capsys.readouterr().err
+    assert load_checkpoint(out / "last.pt")["step"] == 2 and load_checkpoint(out / "prev.pt")["step"] == 1
+
+
+def test_saves_come_by_the_clock_too(square_videos, tmp_path, monkeypatch):
+    now = iter(range(0, 10**6, 40))  # every look at the clock finds it 40 seconds later
+    monkeypatch.setattr(training.state, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    saved = []
+    monkeypatch.setattr(training.state, "save", lambda path, state, *rest: saved.append(state.step))
+    common = ["--data_root", square_videos, "--epochs", "3", "--vis_every", "0", *TINY_FLAGS]
+    run(tmp_path / "a", *common, "--max_steps", "11", "--save_minutes", "1", "--batch_size", "1")
+    # a look per step and one per save, so 80 seconds have gone by every other step: 2, 4, ...; an epoch has 9 steps
+    assert saved[:4] == [2, 4, 6, 8] and saved[-1] == 11
+
+
+def test_what_a_killed_process_left_behind_is_removed_and_that_of_a_running_one_is_not(square_videos, tmp_path):
+    out = tmp_path / "a"
+    out.mkdir()
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    stale, running = (out / f".last.pt.{process}.tmp" for process in (int(gone.stdout), os.getppid()))
+    stale.write_bytes(b"half")
+    running.write_bytes(b"half")
+    run(out, "--data_root", square_videos, "--max_steps", "1", "--vis_every", "0", *TINY_FLAGS)
+    assert not stale.exists() and running.exists()
 
 
 def test_a_run_is_never_started_over_or_overwritten_silently(square_videos, tmp_path, capsys):
@@ -426,7 +506,7 @@ def test_a_run_that_has_lost_its_gradients_ends_and_is_never_saved(square_videos
     assert all(value.isfinite().all() for weights in (kept["model"], kept["ema"]) for value in weights.values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(square_videos, tmp_path, capsys, number):
     with interrupted(2, number):
         out = run(tmp_path / "a", "--data_root", square_videos, "--epochs", "9", *TINY_FLAGS, status=128 + number)
@@ -451,7 +531,7 @@ def test_presets_fill_only_what_was_not_given():
     given = parser.parse_given(["--preset", "demo", "--size", "64"])
     assert given == {"preset": "demo", "size": 64}
     assert set(PRESETS["demo"]) <= set(vars(parser.defaults()))
-    args, _ = train_video_ddpm.resolve_arguments(parser, ["--preset", "demo", "--size", "64", "--out_dir", "nowhere"])
+    args, *_ = train_video_ddpm.resolve_arguments(parser, ["--preset", "demo", "--size", "64", "--out_dir", "nowhere"])
     assert args.size == 64 and args.base_channels == PRESETS["demo"]["base_channels"] and args.out_dir == "nowhere"
 
 

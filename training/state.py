@@ -3,16 +3,19 @@
 import argparse
 import copy
 import math
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from diffusion.noise import INIT, generator_for
 from models.video_unet3d import VideoUNet3D, build_model
-from utils.checkpoint import load_weights, save_checkpoint
+from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 
 UNSAVED_FLAGS = ("resume", "dry_run", "preset")  # what a command does, as against what a run is
 MAX_SKIPPED_IN_ROW = 20  # an fp16 loss scale starts too high by a few halvings; this many mean that the run is lost
@@ -80,6 +83,52 @@ class TrainingState:
     history: dict[str, Any] = field(default_factory=lambda: {"train": [], "epochs": [], "sums": {}})
 
 
+class Saver:
+    """Writes a run's checkpoints when they are due; one that cannot be written costs a line, not the run.
+
+    Args:
+        out_dir: the run's folder.
+        args: the run's arguments.
+        epoch_steps: optimiser steps of an epoch.
+        last_is_whole: whether last.pt is known to be readable, and so worth keeping as prev.pt.
+
+    Attributes:
+        failed: whether the newest attempt at last.pt failed.
+    """
+
+    def __init__(self, out_dir: Path, args: argparse.Namespace, epoch_steps: int, last_is_whole: bool):
+        self.out_dir = out_dir
+        self.args = args
+        self.epoch_steps = epoch_steps
+        self.last_is_whole = last_is_whole
+        self.failed = False
+        self.tried_at = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether --save_every or --save_minutes ask for a save after this step."""
+        minutes = (time.monotonic() - self.tried_at) / 60
+        by_steps = self.args.save_every and step % self.args.save_every == 0
+        return bool(by_steps or (self.args.save_minutes and minutes >= self.args.save_minutes))
+
+    def save_best(self, state: TrainingState) -> None:
+        """Write best.pt."""
+        self._save("best.pt", state, None)
+
+    def save_last(self, state: TrainingState) -> None:
+        """Write last.pt, and keep the one before it as prev.pt."""
+        self.tried_at = time.monotonic()
+        self.failed = not self._save("last.pt", state, self.out_dir / "prev.pt" if self.last_is_whole else None)
+        self.last_is_whole |= not self.failed
+
+    def _save(self, name: str, state: TrainingState, previous: Path | None) -> bool:
+        try:
+            save(self.out_dir / name, state, self.args, self.epoch_steps, previous)
+        except OSError as error:
+            tqdm.write(f"WARNING: {error}; what was saved before is untouched", file=sys.stderr)
+            return False
+        return True
+
+
 def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `build_model`."""
     names = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "endpoint_context")
@@ -125,8 +174,33 @@ def restore(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Nam
     torch.set_rng_state(checkpoint["rng"]["torch"])
 
 
-def save(path: Path, state: TrainingState, args: argparse.Namespace, epoch_steps: int) -> None:
+def load_resumable(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The checkpoint to go on from, and its file: last.pt, or prev.pt with a loud line where last.pt is damaged.
+
+    Raises: ValueError: naming the file, if neither can be read.
+    """
+    last, previous = folder / "last.pt", folder / "prev.pt"
+    try:
+        return load_checkpoint(last), last
+    except ValueError as error:
+        if not previous.is_file():
+            raise
+        checkpoint = load_checkpoint(previous)
+        print(f"WARNING: {error}: going on from {previous}, step {checkpoint['step']}", file=sys.stderr)
+        return checkpoint, previous
+
+
+def save(
+    path: Path, state: TrainingState, args: argparse.Namespace, epoch_steps: int, previous: Path | None = None
+) -> None:
     """Write a checkpoint from which training goes on exactly, and sampling needs no flag.
+
+    Args:
+        path: the file to be.
+        state: what it carries on.
+        args: the run's arguments.
+        epoch_steps: optimiser steps of an epoch.
+        previous: where the checkpoint that is at `path` now is kept; None = it goes.
 
     Raises: FloatingPointError: if the run is lost; OSError: if the file cannot be written.
     """
@@ -153,4 +227,4 @@ def save(path: Path, state: TrainingState, args: argparse.Namespace, epoch_steps
         "history": state.history,
         "best_val_loss": state.best_val_loss,
     }
-    save_checkpoint(path, contents)
+    save_checkpoint(path, contents, previous)

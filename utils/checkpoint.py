@@ -1,6 +1,7 @@
 """Checkpoints: one dict of tensors and plain Python types, written atomically, read without running code."""
 
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,25 @@ CONTENTS = {  # what sampling and resuming read, with its type and, for a number
 }  # fmt: skip
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, state: dict[str, Any], previous: Path | None = None) -> None:
     """Write `state` (all of KEYS but `format`) so that `path` is at any instant the previous or the next whole file.
 
-    Raises: OSError: if the disk is full or the folder not writable; the file at `path` is then untouched.
+    Args:
+        path: the checkpoint to be.
+        state: its contents.
+        previous: where the checkpoint that is at `path` now is kept; None = it goes.
+
+    Raises: OSError: naming the folder and its free space, if the disk is full or the folder not writable; the file at
+        `path` is then untouched.
     """
+    path = Path(path)
     try:
-        with replacing(path) as file:
+        with replacing(path, previous) as file:
             torch.save({"format": FORMAT, **state}, file)
-    except RuntimeError as error:  # torch's zip writer reports a full disk so
-        raise OSError(f"{path}: could not be written ({error})") from error
+    except (RuntimeError, OSError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        free = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free" if path.parent.is_dir() else "no folder"
+        raise OSError(f"{path} could not be written ({reason}; {free} in {path.parent})") from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -135,11 +136,16 @@ def file_sha256(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(path: str | Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A file whose bytes take the place of `path` once they are whole.
 
-    They go to a temporary name in the same folder and are flushed to disk first, so that `path` is at any instant the
-    previous or the next whole file; after an error it is untouched.
+    They go to a temporary name in the same folder and are flushed to disk first, and the folder after them, so that
+    `path` is at any instant, a loss of power included, the previous or the next whole file; after an error it is
+    untouched.
+
+    Args:
+        path: the file to be.
+        previous: where the file that is at `path` now, if any, is kept.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -148,9 +154,57 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.is_file():
+            second_name(path, previous)
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def second_name(path: Path, other: Path) -> None:
+    """Let `other` be the file at `path`, too, in one instant; a copy where the file system has no links."""
+    temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        temporary.replace(other)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the folder's own entries on the disk, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale_temporaries(folder: Path) -> None:
+    """Delete what `replacing` left behind in processes that were killed; those still running keep theirs."""
+    for path in folder.glob(".*.tmp"):
+        process = path.name.split(".")[-2]
+        if process.isdecimal() and not is_running(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of that number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
 
 
 def save_json(path: str | Path, value: Any) -> None:

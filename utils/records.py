@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,8 +45,11 @@ class Records:
 
     def add(self, kind: str, step: int, **values: float | None) -> None:
         """One line of numbers; `kind` is "train" or "val"."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:  # a full disk must not end the run
+            print(f"WARNING: {self.path} could not be written ({error.strerror})", file=sys.stderr)
         if self.tensorboard is not None:
             for name, value in values.items():
                 if value is not None:
