@@ -30,7 +30,16 @@ from data.kinetics_video_dataset import (
 )
 from data.video_reader import DECODE_ERRORS
 from diffusion.noise import SAMPLE, generator_for
-from diffusion.sampler import PRESETS, SAMPLERS, SPACINGS, check_sampler, forwards_per_clip, sample_middle
+from diffusion.sampler import (
+    PRESETS,
+    SAMPLERS,
+    SPACINGS,
+    check_sampler,
+    describe_settings,
+    forwards_per_clip,
+    sample_middle,
+    settings_grid,
+)
 from diffusion.schedule import DiffusionSchedule
 from evaluation import report
 from evaluation.baselines import BASELINES, load_baseline, missing_package
@@ -47,12 +56,11 @@ from utils.flags import (
     add_clip_flags,
     add_sampler_flags,
     check_frame_count,
-    describe_preset,
     nonempty_path,
     positive_int,
     resolve_device,
-    sampler_grid,
     settle_clip_flags,
+    warn_of_guidance,
 )
 from utils.io import file_sha256, observed_frames, replacing, save_json, save_mp4, side_by_side
 from utils.records import describe_machine
@@ -120,7 +128,8 @@ def build_parser() -> Parser:
     group.add_argument(
         "--num_samples", type=positive_int, help="different middles for each clip; None = 1, or 10 under mcvd"
     )
-    add_sampler_flags(group, SAMPLERS, SPACINGS, PRESETS, several=True)
+    presets = {name: describe_settings(settings) for name, settings in PRESETS.items()}
+    add_sampler_flags(group, SAMPLERS, SPACINGS, presets, several=True)
     return parser
 
 
@@ -133,6 +142,7 @@ def settle(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
     Raises: ValueError: naming the flag, the rule and the value.
     """
     published = args.protocol == "mcvd"
+    args.sampling = []
     if published:
         if checkpoint is not None and checkpoint["model_config"]["endpoint_context"] != MCVD["endpoint_context"]:
             raise ValueError(f"--protocol mcvd needs a model of --endpoint_context 2, which {args.ckpt} is not")
@@ -142,7 +152,8 @@ def settle(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
             setattr(args, name, MCVD[name])
     if checkpoint is not None:
         settle_clip_flags(args, checkpoint)
-        for settings in sampler_grid(args, PRESETS):
+        args.sampling = settings_grid(vars(args))
+        for settings in args.sampling:
             check_sampler(checkpoint["diffusion_config"]["timesteps"], settings)
     else:
         if args.split not in (None, "all") or args.data_root is None:
@@ -244,15 +255,15 @@ def model_methods(args: argparse.Namespace, checkpoint: dict[str, Any], device: 
     """The checkpoint's network under every combination of the sampler's flags."""
     model = build_model(checkpoint["model_config"])
     load_weights(model, checkpoint["model" if args.use_raw_model else "ema"], args.ckpt)
-    model = model.to(device).eval()
+    model = model.to(device).lay_out().eval()
     diffusion = checkpoint["diffusion_config"]
     schedule = DiffusionSchedule(diffusion["timesteps"], diffusion["schedule"]).to(device)
     amp = args.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
     if args.compile:
         model.compile_for_sampling()
-    grid = sampler_grid(args, PRESETS)
-    if not checkpoint["args"].get("cfg_drop_prob") and any(settings["guidance_scale"] != 1 for settings in grid):
-        print(f"note: {args.ckpt} has no trained unconditional branch: it needs --guidance_scale 1", file=sys.stderr)
+    scales = {settings["guidance_scale"] for settings in args.sampling}
+    if not checkpoint["args"].get("cfg_drop_prob") and scales != {1}:
+        warn_of_guidance(args.ckpt)
 
     def method(settings: dict[str, Any]) -> Method:
         def generate(start: Tensor, end: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
@@ -263,12 +274,12 @@ def model_methods(args: argparse.Namespace, checkpoint: dict[str, Any], device: 
                     noise_offset=diffusion["noise_offset"], generator=generators, **settings,
                 )  # fmt: skip
 
-        name = describe_preset(settings)
+        name = describe_settings(settings)
         family = name.replace(f" {settings['steps']}", "", 1)  # one curve of the plot: any number of steps
         nfe = forwards_per_clip(schedule.timesteps, settings)
         return Method(f"ours, {name}", family, args.num_samples, nfe, generate)
 
-    return [method(settings) for settings in grid]
+    return [method(settings) for settings in args.sampling]
 
 
 def baseline_methods(args: argparse.Namespace, device: torch.device) -> list[Method]:
@@ -425,7 +436,7 @@ def evaluate(args: argparse.Namespace) -> None:
     elsewhere += ("preset", *PRESETS["fast"])  # what they come to is in "sampling"
     settings = {name: value for name, value in vars(args).items() if name not in elsewhere} | hashes
     settings |= {"device": device.type, "data_root": os.path.realpath(args.data_root)}
-    settings["sampling"] = [describe_preset(values) for values in sampler_grid(args, PRESETS)] if checkpoint else []
+    settings["sampling"] = [describe_settings(values) for values in args.sampling]
     clips = [identify(video, i, args) for i, video in enumerate(videos)]
     results = PerClipResults(Path(args.out_dir), settings, clips, args.overwrite)
     score_all(evaluator, videos, results, args)

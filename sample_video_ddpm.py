@@ -16,7 +16,16 @@ from tqdm import tqdm
 
 from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset, data_as_trained, split_as_trained
 from diffusion.noise import SAMPLE, generator_for
-from diffusion.sampler import PRESETS, SAMPLERS, SPACINGS, check_sampler, forwards_per_clip, sample_middle
+from diffusion.sampler import (
+    PRESETS,
+    SAMPLERS,
+    SPACINGS,
+    check_sampler,
+    describe_settings,
+    forwards_per_clip,
+    sample_middle,
+    settings_grid,
+)
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
 from utils.checkpoint import load_checkpoint, load_weights
@@ -28,7 +37,6 @@ from utils.flags import (
     nonempty_path,
     positive_int,
     resolve_device,
-    sampler_grid,
     settle_clip_flags,
 )
 from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
@@ -66,7 +74,8 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("sampler")
     group.add_argument("--num_samples", type=positive_int, default=1, help="different middles for each context")
-    add_sampler_flags(group, SAMPLERS, SPACINGS, PRESETS)
+    presets = {name: describe_settings(settings) for name, settings in PRESETS.items()}
+    add_sampler_flags(group, SAMPLERS, SPACINGS, presets)
     return parser
 
 
@@ -86,10 +95,13 @@ def settle_with_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any])
     Raises: ValueError: naming the flag, the rule and the value.
     """
     settle_clip_flags(args, checkpoint)
-    settings = sampler_grid(args, PRESETS)[0]
+    settings = settings_grid(vars(args))[0]
     check_sampler(checkpoint["diffusion_config"]["timesteps"], settings)
     if not checkpoint["args"].get("cfg_drop_prob") and settings["guidance_scale"] != 1:
-        print(f"note: {args.ckpt} has no trained unconditional branch: it needs --guidance_scale 1", file=sys.stderr)
+        print(
+            f"note: {args.ckpt} has no trained unconditional branch: it needs --guidance_scale 1 (and --preset fast)",
+            file=sys.stderr,
+        )
     if (args.start_images is None) != (args.end_images is None):
         raise ValueError("--start_images and --end_images must be given together")
     k = args.endpoint_context
@@ -157,7 +169,7 @@ def load_model(args: argparse.Namespace, checkpoint: dict[str, Any], device: tor
     """The network with the checkpoint's averaged (or, if asked, raw) weights, ready to sample."""
     model = build_model(checkpoint["model_config"])
     load_weights(model, checkpoint["model" if args.use_raw_model else "ema"], args.ckpt)
-    model = model.to(device).eval()
+    model = model.to(device).lay_out().eval()
     return model.compile_for_sampling() if args.compile else model
 
 

@@ -37,7 +37,14 @@ from diffusion.noise import PREVIEW, generator_for
 from diffusion.sampler import sample_middle
 from diffusion.schedule import SCHEDULES, DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, blind_levels, check_architecture
-from training.optimisation import autocast, choose_amp_dtype, learning_rate, optimise, plan_learning_rate
+from training.optimisation import (
+    autocast,
+    choose_amp_dtype,
+    learning_rate,
+    optimise,
+    plan_learning_rate,
+    use_fast_kernels,
+)
 from training.state import Saver, TrainingState, load_resumable, model_config_of, new_state, restore
 from utils.flags import (
     Parser,
@@ -191,8 +198,9 @@ def build_parser() -> Parser:
         "--amp_dtype", choices=("auto", "bf16", "fp16"), default="auto", help="auto = bf16 where the GPU has it"
     )
     group.add_argument(
-        "--channels_last", action=argparse.BooleanOptionalAction, default=True,
-        help="keep channels innermost in memory: the same function, faster convolutions",
+        "--channels_last", action=argparse.BooleanOptionalAction,
+        help="keep the channels of convolutions innermost in memory, the same function; None = on a CPU, where it is "
+        "faster",
     )  # fmt: skip
     group.add_argument(
         "--activation_checkpointing", action=argparse.BooleanOptionalAction, default=False,
@@ -436,9 +444,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     remove_stale_temporaries(out_dir)
     device = resolve_device(args.device)
     amp_dtype = choose_amp_dtype(args, device)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+    use_fast_kernels(device)
 
     # data
     workers = min(args.num_workers, os.cpu_count() or 1)
@@ -504,7 +510,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
             raise FloatingPointError(f"the validation loss must stay finite (got {val_loss})")
         entry = {
             "step": state.step, "epoch": epoch, "train_loss": state.tally.take_mean("epoch"), "val_loss": val_loss,
-            "skipped_steps": skipped_steps(),
+            "skipped_steps": int(state.tally.read()["skipped"]),
         }  # fmt: skip
         state.history["epochs"].append(entry)
         losses = f"training loss {loss_text(entry['train_loss'])}  validation loss {val_loss:.4f}"
@@ -527,19 +533,17 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
             saver.save_best(state)
         saver.save_last(state)
 
-    def skipped_steps() -> int:
-        """Steps of the whole run whose gradients were not finite."""
-        return int(state.tally.read()["skipped"])
-
-    def write_line(clips_per_second: float) -> None:
+    def write_line(clips: int, since: float) -> None:
         """Record the steps since the last line; the only place between saves that waits for the device."""
-        grad_norm, loss = state.tally.read()["grad_norm"], state.tally.take_mean("line")
+        tally = state.tally.read()
+        grad_norm, loss = tally["grad_norm"], state.tally.take_mean("line")
+        clips_per_second = clips / (time.perf_counter() - since)  # the device is done with them now
         if loss is not None:
             state.history["train"].append([state.step, loss])
         lr = learning_rate(state.step - 1, state.plan)
         records.add(
             "train", state.step, epoch=state.position / epoch_steps, loss=loss, lr=lr,
-            grad_norm=grad_norm if math.isfinite(grad_norm) else None, skipped_steps=skipped_steps(),
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None, skipped_steps=int(tally["skipped"]),
             clips_per_second=clips_per_second,
             gpu_memory_mib=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
         )  # fmt: skip
@@ -557,7 +561,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
             bar.update()
             clips_seen += args.batch_size * args.grad_accum
             if state.step % args.log_every == 0 or state.step == 1:
-                write_line(clips_seen / (time.perf_counter() - clock))
+                write_line(clips_seen, clock)
                 clock, clips_seen = time.perf_counter(), 0
             if state.position % epoch_steps == 0 or finished():
                 finish_epoch()

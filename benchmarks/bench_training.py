@@ -43,7 +43,7 @@ from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise
 from diffusion.noise import TRAIN, generator_for
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import build_model
-from training.optimisation import autocast, choose_amp_dtype, optimise, plan_learning_rate
+from training.optimisation import autocast, choose_amp_dtype, optimise, plan_learning_rate, use_fast_kernels
 from training.state import TrainingState, model_config_of, new_state
 from utils.flags import Parser, positive_int, resolve_device
 from utils.video_utils import split_clip, to_float
@@ -97,6 +97,7 @@ def random_clips(args: argparse.Namespace) -> Tensor:
 
 def our_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], None], TrainingState]:
     """A function that takes one optimiser step as train_video_ddpm.py does, and its state."""
+    use_fast_kernels(device)
     amp_dtype = choose_amp_dtype(args, device)
     state = new_state(args, model_config_of(args), device, amp_dtype)
     state.plan = plan_learning_rate(args, total_steps=1000, step=0, stored=None)
@@ -179,8 +180,9 @@ def time_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]
             Variant("ours", our_step(settings, device)[0], size),
         ]
         extra = {
-            "ours, contiguous": ["--no-channels_last"],
-            "ours, activation checkpointing": ["--activation_checkpointing"],
+            "ours, --channels_last": ["--channels_last"],
+            "ours, --no-channels_last": ["--no-channels_last"],
+            "ours, --activation_checkpointing": ["--activation_checkpointing"],
         }
         if args.compile:
             extra["ours, --compile"] = ["--compile"]
@@ -265,7 +267,8 @@ def first_step(rounds: int) -> list[float]:
             clock = time.perf_counter()
             command = [sys.executable, "-u", str(script), *flags, "--out_dir", f"{folder}/{number}"]
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
-                next(line for line in run.stdout if line.startswith("step 1 "))
+                if not any(line.startswith("step 1 ") for line in run.stdout):
+                    raise ValueError(f"--first_step: {' '.join(command)} took no step")
                 seconds.append(time.perf_counter() - clock)
                 run.stdout.read()
             made = "its built-in clips rendered first" if not number else "its clips found in the cache"

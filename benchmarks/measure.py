@@ -24,7 +24,7 @@ class Variant(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """What was measured of a variant: seconds per clip in each round, and the device's peak memory in MiB, if any."""
+    """What was measured of a variant: seconds per clip in each round, and on CUDA the MiB it needs above rest."""
 
     name: str
     seconds: list[float]
@@ -41,7 +41,7 @@ def add_common_flags(parser: Parser, rounds: int) -> None:
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock seconds of one run; on a GPU between two events, so that only the device's own time counts."""
+    """Wall-clock seconds of one run; on a GPU between two events of its own clock, when it has done all before."""
     if device.type != "cuda":
         clock = time.perf_counter()
         run()
@@ -61,13 +61,15 @@ def interleave(variants: Sequence[Variant], rounds: int, device: torch.device) -
     peaks: dict[str, float] = {}
     for number in range(rounds + 1):
         for variant in variants:
-            if device.type == "cuda":
+            rest = 0
+            if device.type == "cuda":  # other variants' weights lie there, too
                 torch.cuda.reset_peak_memory_stats(device)
+                rest = torch.cuda.memory_allocated(device)
             taken = seconds_of(variant.run, device) / variant.clips
             if number:
                 seconds[variant.name].append(taken)
             if device.type == "cuda":
-                peaks[variant.name] = torch.cuda.max_memory_allocated(device) / 2**20
+                peaks[variant.name] = (torch.cuda.max_memory_allocated(device) - rest) / 2**20
     return [Timing(name, values, peaks.get(name)) for name, values in seconds.items()]
 
 
@@ -101,7 +103,7 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """The rows of `compare` as a Markdown table."""
     peaks = any(row["peak_mib"] is not None for row in rows)
     print(f"\n{title}\n")
-    print("| variant | s / clip | clips / s | times the reference | lowest to highest |" + " peak MiB |" * peaks)
+    print("| variant | s / clip | clips / s | times the reference | lowest to highest |" + " MiB above rest |" * peaks)
     print("|---|---|---|---|---|" + "---|" * peaks)
     for row in rows:
         peak = f" {row['peak_mib']:.0f} |" if peaks else ""

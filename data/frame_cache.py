@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,11 +64,17 @@ class CachedFrames:
         if wanted[-1] >= count:
             raise ValueError(f"only {count} of {video.info.frames} frames could be cached")
         if self._map is None:
-            # private to this process (mode "c"): what a caller writes into a clip never reaches the file
-            self._map = torch.from_numpy(np.memmap(self.path, np.uint8, "c", shape=(self.total, *self.frame_shape)))
+            self._map = self._open()
         if isinstance(wanted, range):  # evenly spaced, so no copy is needed
             return self._map[start + wanted[0] : start + wanted[-1] + 1 : wanted.step].transpose(0, 1)
         return self._map[[start + number for number in wanted]].transpose(0, 1)  # [C,T,H,W]
+
+    def _open(self) -> Tensor:
+        """The file as a read-only tensor: a private map of a file larger than the memory would be refused."""
+        frames = np.memmap(self.path, np.uint8, "r", shape=(self.total, *self.frame_shape))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # whoever batches clips copies
+            return torch.from_numpy(frames)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_map": None}

@@ -120,11 +120,13 @@ class VideoIndex:
                 for path, found in zip(unknown, tqdm(probes, "indexing", len(unknown), disable=None), strict=True):
                     self.entries[self.name(path)] = [stamps[path], *found]
             self.save()
-        videos = []
+        videos, shared = [], {}
         for path in paths:
             _, info, reason = self.entries[self.name(path)]
             if info is not None:
                 info = VideoInfo(*info)
+                times = tuple(info.timestamps)  # one for all files that have the same: every worker holds them
+                info = info._replace(timestamps=shared.setdefault(times, times))
             videos.append(Video(str(path), self.name(path), info, reason))
         return videos
 

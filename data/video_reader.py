@@ -40,7 +40,7 @@ class VideoInfo(NamedTuple):
     height: int
     rotation: int
     rate: float
-    timestamps: list[int]
+    timestamps: Sequence[int]
     keyframes: list[int]
     damage: str
 
@@ -88,11 +88,13 @@ class VideoFile:
             needed_from: timestamp before which frames need not come out: those that no other frame refers to are not
                 decoded then. None = all are wanted.
         """
+        context = self.stream.codec_context
+        may_skip = needed_from is not None and context.name == "h264"  # others may not heed it for each packet
         skipping = False
         for packet in self.container.demux(self.stream):
-            if skipping != (needed_from is not None and packet.pts is not None and packet.pts < needed_from):
+            if may_skip and skipping != (packet.pts is not None and packet.pts < needed_from):
                 skipping = not skipping
-                self.stream.codec_context.skip_frame = "NONREF" if skipping else "DEFAULT"
+                context.skip_frame = "NONREF" if skipping else "DEFAULT"
             try:
                 yield from packet.decode()
             except DECODE_ERRORS as error:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -60,8 +61,39 @@ def visited_timesteps(timesteps: int, steps: int, spacing: str = "linspace") -> 
     visited = torch.linspace(timesteps - 1, last, steps, dtype=torch.float64)
     if spacing == "quadratic":
         # where squares lie closer than whole numbers, the numbers themselves keep the timesteps apart
-        visited = torch.maximum((visited**2 / (timesteps - 1)).round(), torch.arange(steps - 1, -1, -1))
+        visited = torch.maximum((visited**2 / max(1, timesteps - 1)).round(), torch.arange(steps - 1, -1, -1))
     return visited.round().long().tolist()
+
+
+def describe_settings(settings: Mapping[str, Any]) -> str:
+    """A sampler's settings in few words, as "ddim 40 steps, guidance 1.8"."""
+    low, high = settings["guidance_interval"]
+    interval = f" in [{low:g}, {high:g}]" if (low, high) != (0, 1) else ""
+    spacing = f" {settings['spacing']}" if settings["spacing"] != "linspace" else ""
+    eta = f", eta {settings['eta']:g}" if settings["eta"] else ""
+    guidance = f"guidance {settings['guidance_scale']:g}{interval}"
+    return f"{settings['sampler']} {settings['steps']}{spacing} steps, {guidance}{eta}"
+
+
+def settings_grid(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of a script's sampler flags, as keyword arguments of `sample_middle`.
+
+    Args:
+        flags: preset, the keys of a preset, clip_x0 and dynamic_threshold. What of a preset is None comes from the
+            preset; where that is None, too, from "fast" if nothing of a preset is given, else from "reference". Lists
+            are alternatives.
+    """
+    given = {name: flags[name] for name in PRESETS["fast"] if flags[name] is not None}
+    if "guidance_interval" in given:
+        given["guidance_interval"] = tuple(given["guidance_interval"])
+    chosen = flags["preset"] or ("reference" if given else "fast")
+    common = {name: flags[name] for name in ("clip_x0", "dynamic_threshold")}
+    grid: list[dict[str, Any]] = []
+    for preset in [chosen] if isinstance(chosen, str) else chosen:
+        values = PRESETS[preset] | given
+        alternatives = [value if isinstance(value, list) else [value] for value in values.values()]
+        grid += [dict(zip(values, combination, strict=True)) | common for combination in product(*alternatives)]
+    return [settings for i, settings in enumerate(grid) if settings not in grid[:i]]
 
 
 def check_sampler(timesteps: int, settings: Mapping[str, Any]) -> None:
@@ -218,7 +250,7 @@ def sample_middle(
         spacing: which timesteps they visit, see `visited_timesteps`.
         guidance_scale: 1 = plain conditional, 0 = unconditional, above 1 = guided (two branches in one forward).
         guidance_interval: shares of the schedule, 0 = clean and 1 = noise, between which steps are guided; outside
-            them the scale counts as 1, and one branch runs.
+            them a scale above 1 counts as 1, and one branch runs.
         eta: 0 = deterministic DDIM .. 1 = DDPM's posterior noise.
         clip_x0: clamp every clean prediction to [-1, 1] and re-derive eps from it.
         dynamic_threshold: scale by a percentile instead of clamping; replaces clip_x0.

@@ -109,16 +109,16 @@ class VideoUNet3D(nn.Module):
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
 
-        self.lay_out(channels_last=True)
-
-    def lay_out(self, channels_last: bool) -> "VideoUNet3D":
-        """Choose where the channels of convolutions lie in memory; activations follow, outputs agree to rounding.
+    def lay_out(self, channels_last: bool | None = None) -> "VideoUNet3D":
+        """Choose where the channels of convolutions lie in memory; outputs agree to rounding.
 
         Args:
-            channels_last: innermost, where convolutions are faster (benchmarks/LOG.md); else torch's default.
+            channels_last: innermost, or outermost as torch's default. None = innermost on a CPU, where activations
+                follow and convolutions are faster (benchmarks/LOG.md); on CUDA torch's norms bring the default back.
 
         Returns: self.
         """
+        channels_last = self.stem.weight.is_cpu if channels_last is None else channels_last
         formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
         for parameter in self.parameters():
             if parameter.dim() in (4, 5):

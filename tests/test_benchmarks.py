@@ -1,5 +1,6 @@
 """The benchmarks: their reference variants compute the same things, and their ratios are what they say."""
 
+import copy
 import json
 
 import pytest
@@ -13,7 +14,6 @@ from diffusion.sampler import sample_middle
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import build_model
 from training.optimisation import plan_learning_rate
-from training.state import model_config_of
 from utils.checkpoint import load_checkpoint
 from utils.video_utils import to_float
 
@@ -52,6 +52,7 @@ def test_the_original_training_step_leads_to_the_same_weights():
     flags = ["--base_channels", "12", "--size", "16", "--batch_size", "2", "--ema_update_after_step", "0"]
     args = bench_training.training_arguments("demo", *flags)
     step, state = bench_training.our_step(args, CPU)
+    start = copy.deepcopy(state.model)
     made = []
     original_state = bench_training.new_state
 
@@ -67,12 +68,13 @@ def test_the_original_training_step_leads_to_the_same_weights():
     for _ in range(2):
         step()
         original()
-    for name in ("model", "ema"):
+    # Adam divides by the gradient's size: where that is rounding, each step may differ by twice the learning rate
+    for name, share in (("model", 1), ("ema", 1 - args.ema_decay)):
         for ours, theirs in zip(getattr(state, name).parameters(), getattr(made[0], name).parameters(), strict=True):
-            # Adam divides by the gradient's size: where that is rounding, a step of up to the learning rate is left
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2 * args.lr)
-    assert state.tally.read()["epoch_steps"] == 2
-    assert model_config_of(args)["base_channels"] == 12
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=4 * args.lr * share)
+    moved = sum((a - b).abs().sum() for a, b in zip(made[0].ema.parameters(), start.parameters(), strict=True))
+    apart = sum((a - b).abs().sum() for a, b in zip(made[0].ema.parameters(), state.ema.parameters(), strict=True))
+    assert apart < 0.1 * moved
 
 
 def test_the_reference_reader_gives_the_same_frames(square_videos, tmp_path):

@@ -10,10 +10,9 @@ from conftest import tiny_checkpoint
 
 import sample_video_ddpm
 from data.video_reader import probe_video
-from diffusion.sampler import PRESETS, forwards_per_clip
+from diffusion.sampler import PRESETS, forwards_per_clip, settings_grid
 from sample_video_ddpm import build_parser, main
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.flags import sampler_grid
 from utils.io import read_image
 from utils.video_utils import resize_and_crop, to_gray
 
@@ -234,7 +233,7 @@ def test_every_flag_is_documented():
 
 
 def parsed(*flags):
-    return sampler_grid(sample_video_ddpm.build_parser().parse_args(["--ckpt", "x.pt", *flags]), PRESETS)[0]
+    return settings_grid(vars(sample_video_ddpm.build_parser().parse_args(["--ckpt", "x.pt", *flags])))[0]
 
 
 def test_the_original_flags_mean_the_original_sampler_and_no_flag_the_fast_one():

@@ -16,9 +16,11 @@ import imageio.v3 as iio
 import pytest
 import torch
 from conftest import TINY_FLAGS, moving_square
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_video_ddpm
 import training.state
+from benchmarks import bench_training
 from data.video_reader import probe_video
 from train_video_ddpm import PRESETS, build_parser, main
 from training import optimisation
@@ -117,6 +119,40 @@ def test_resuming_is_exact(square_videos, tmp_path, k, flags):
         [{k: v for k, v in line.items() if k != "clips_per_second"} for line in lines(f)] for f in (straight, stopped)
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_a_run_goes_on_in_another_memory_layout(square_videos, tmp_path):
+    common = ["--data_root", square_videos, "--epochs", "2", "--vis_every", "0", *TINY_FLAGS]
+    straight = run(tmp_path / "straight", *common)
+    with interrupted(3):
+        out = run(tmp_path / "a", *common, status=128 + signal.SIGTERM)
+    run(out, "--resume", "--no-channels_last")
+    a, b = (load_checkpoint(folder / "last.pt") for folder in (straight, out))
+    assert not a["model"]["stem.weight"].is_contiguous() and b["model"]["stem.weight"].is_contiguous()
+    moments = a["optimizer"]["state"], b["optimizer"]["state"]
+    for number in moments[0]:  # moments taken for those of other weights would be off by their own size
+        one, other = (state[number]["exp_avg_sq"].sqrt() for state in moments)
+        assert (one - other).abs().sum() <= 0.05 * one.abs().sum() + 1e-6
+
+
+def test_no_step_waits_for_a_number():
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    args = bench_training.training_arguments("demo", "--base_channels", "12", "--size", "16", "--batch_size", "2")
+    step, state = bench_training.our_step(args, torch.device("cpu"))
+    step()
+    with Watch():
+        step()
+    # what would make the host wait for a GPU: values, counts and comparisons as Python numbers
+    assert "_fused_adamw_" in asked and not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & set(asked)
+    with Watch():
+        state.tally.values[0].item()
+    assert "_local_scalar_dense" in asked  # so the watch does see such a question
 
 
 def test_the_same_run_twice_gives_the_same_weights_for_any_number_of_workers(square_videos, tmp_path):

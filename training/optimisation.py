@@ -56,6 +56,13 @@ def choose_amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dt
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[args.amp_dtype]
 
 
+def use_fast_kernels(device: torch.device) -> None:
+    """On CUDA: let cuDNN choose its algorithms by trying, and float32 matrix products use TF32."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """The network's precision: autocast to dtype, or plain float32 for None."""
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
@@ -70,7 +77,8 @@ def optimise(
 ) -> None:
     """One optimiser step over --grad_accum batches.
 
-    Where the gradient norm is not finite, weights and moments stay as they were, and the tally counts a skipped step.
+    Where the loss or the gradient norm is not finite, weights and moments stay as they were, and the tally counts a
+    skipped step.
     """
     device = state.tally.values.device
     generator = generator_for(args.seed, TRAIN, state.position, device=device)
@@ -95,7 +103,8 @@ def optimise(
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
-        state.optimizer.found_inf = norm.isfinite().logical_not().float()  # the fused step then changes nothing
+        # where this is 1, the fused step changes nothing
+        state.optimizer.found_inf = (total.isfinite() & norm.isfinite()).logical_not().float()
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.tally.add(total, norm)

@@ -24,8 +24,8 @@ MAX_SKIPPED_IN_ROW = 20  # an fp16 loss scale starts too high by a few halvings;
 class Tally:
     """Running sums over steps, kept on the device in float64, so that no step waits for a number.
 
-    Its entries: loss and steps since the last line of metrics.jsonl, loss and steps of this epoch (steps with a finite
-    gradient alone count in both), the last gradient norm, and skipped steps, of the whole run and in a row.
+    Its entries: loss and steps since the last line of metrics.jsonl, loss and steps of this epoch (steps whose loss
+    and gradient are finite count in both), the last gradient norm, and skipped steps, of the whole run and in a row.
     """
 
     NAMES = ("line_loss", "line_steps", "epoch_loss", "epoch_steps", "grad_norm", "skipped", "skipped_in_row")
@@ -36,12 +36,11 @@ class Tally:
     @torch.no_grad()
     def add(self, loss: Tensor, norm: Tensor) -> None:
         """Count one step: its loss and gradient norm, 0-dimensional, on the device."""
-        fine = norm.isfinite()
-        counted, loss, norm = fine.double(), torch.where(fine, loss.double(), 0.0), norm.double()
-        in_row = (self.values[6] + 1) * (1 - counted)
-        skipped = self.values[5] + 1 - counted
-        sums = self.values[:4] + torch.stack([loss, counted, loss, counted])
-        self.values = torch.cat([sums, torch.stack([norm, skipped, in_row])])
+        fine = loss.isfinite() & norm.isfinite()
+        counted, loss = fine.double(), torch.where(fine, loss.double(), 0.0)
+        *sums, _, skipped, in_row = self.values.unbind()
+        sums = [total + more for total, more in zip(sums, (loss, counted, loss, counted), strict=True)]
+        self.values = torch.stack([*sums, norm.double(), skipped + 1 - counted, (in_row + 1) * (1 - counted)])
 
     def read(self) -> dict[str, float]:
         """Every entry by name; this waits for the device.
@@ -67,8 +66,9 @@ class Tally:
 class TrainingState:
     """What a checkpoint carries on.
 
-    `step` counts optimiser steps, `position` counts steps' worth of clips since the first epoch began: they differ
-    once a run goes on with another batch size. Data and noise follow `position`, learning rate and EMA follow `step`.
+    `step` counts optimiser steps, those that were skipped included; `position` counts steps' worth of clips since the
+    first epoch began: they differ once a run goes on with another batch size. Data and noise follow `position`,
+    learning rate and EMA follow `step`.
     """
 
     model: VideoUNet3D
@@ -140,7 +140,7 @@ def new_state(
 ) -> TrainingState:
     """Fresh weights (by the seed), their EMA copy and an optimiser."""
     torch.manual_seed(generator_for(args.seed, INIT).initial_seed())
-    model = build_model(model_config).lay_out(args.channels_last).to(device)
+    model = build_model(model_config).to(device).lay_out(args.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     model.activation_checkpointing = args.activation_checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
@@ -161,7 +161,8 @@ def restore(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Nam
     for parameter, moments in state.optimizer.state.items():  # a run of another memory layout may have saved them
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
-    state.scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["scaler"]:  # that of a run without fp16 is empty
+        state.scaler.load_state_dict(checkpoint["scaler"])
     stored = checkpoint["args"]
     clips_done = checkpoint["step_in_epoch"] * stored["batch_size"] * stored["grad_accum"]
     step_in_epoch = clips_done // (args.batch_size * args.grad_accum)

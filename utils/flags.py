@@ -8,7 +8,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 from typing import Any, NoReturn
 
 import torch
@@ -91,13 +90,21 @@ def add_sampler_flags(
     group: argparse._ArgumentGroup,
     samplers: Sequence[str],
     spacings: Sequence[str],
-    presets: Mapping[str, Mapping[str, Any]],
+    presets: Mapping[str, str],
     several: bool = False,
 ) -> None:
-    """How middles are sampled, read by `sampler_grid`; with `several`, some flags take any number of values."""
+    """How middles are sampled.
+
+    Args:
+        group: where the flags go.
+        samplers: choices of --sampler.
+        spacings: choices of --spacing.
+        presets: choices of --preset, each with its description.
+        several: whether --preset, --sampler, --steps and --guidance_scale take any number of values.
+    """
     grid = {"nargs": "+"} if several else {}
     each = "; several values = every combination" if several else ""
-    described = "; ".join(f"{name} = {describe_preset(values)}" for name, values in presets.items())
+    described = "; ".join(f"{name} = {description}" for name, description in presets.items())
     group.add_argument(
         "--preset", choices=tuple(presets), **grid,
         help=f"the values of those flags below that are not given: {described}; None = fast, or reference where "
@@ -151,32 +158,12 @@ def add_sampler_flags(
     )  # fmt: skip
 
 
-def describe_preset(values: Mapping[str, Any]) -> str:
-    """A preset in few words, as for "ddim 40 steps, guidance 1.8"."""
-    low, high = values["guidance_interval"]
-    interval = f" in [{low:g}, {high:g}]" if (low, high) != (0, 1) else ""
-    spacing = f" {values['spacing']}" if values["spacing"] != "linspace" else ""
-    eta = f", eta {values['eta']:g}" if values["eta"] else ""
-    guidance = f"guidance {values['guidance_scale']:g}{interval}"
-    return f"{values['sampler']} {values['steps']}{spacing} steps, {guidance}{eta}"
-
-
-def sampler_grid(args: argparse.Namespace, presets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every combination of the values of `add_sampler_flags`, as keyword arguments of the sampling loop.
-
-    What is not given comes from --preset; without that from "fast", so long as nothing of a preset is given.
-    """
-    given = {name: getattr(args, name) for name in presets["fast"] if getattr(args, name) is not None}
-    if "guidance_interval" in given:
-        given["guidance_interval"] = tuple(given["guidance_interval"])
-    chosen = args.preset or ("reference" if given else "fast")
-    common = {"clip_x0": args.clip_x0, "dynamic_threshold": args.dynamic_threshold}
-    grid: list[dict[str, Any]] = []
-    for preset in [chosen] if isinstance(chosen, str) else chosen:
-        values = presets[preset] | given
-        choices = [value if isinstance(value, list) else [value] for value in values.values()]
-        grid += [dict(zip(values, combination, strict=True)) | common for combination in product(*choices)]
-    return [settings for i, settings in enumerate(grid) if settings not in grid[:i]]
+def warn_of_guidance(ckpt: str) -> None:
+    """Say that a checkpoint was trained without the branch that guidance needs."""
+    print(
+        f"note: {ckpt} has no trained unconditional branch: it needs --guidance_scale 1 (--preset fast beside it)",
+        file=sys.stderr,
+    )
 
 
 def settle_clip_flags(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
