@@ -118,7 +118,7 @@ def error_by_frame(findings: Findings) -> str:
     cells = [["PSNR of frame, dB", *map(str, findings.frames)]]
     cells += [[name, *(f"{value:.2f}" for value in values)] for name, values in findings.positions.items()]
     curves = {name: (list(findings.frames), values) for name, values in findings.positions.items()}
-    return html_table(cells) + (line_plot(curves, "frame", "PSNR, dB") or "")
+    return html_table(cells) + (line_plots({"PSNR, dB": curves}, "frame") or "")
 
 
 def show(value: Estimate | None, decimals: int, signed: bool = False) -> str:
@@ -163,40 +163,47 @@ def html_table(cells: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><tr>{head.replace("td>", "th>")}</tr>\n{rows}</table></div>'
 
 
-def line_plot(
-    curves: dict[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, log_x: bool = False
-) -> str | None:
-    """Named (x, y) curves as an SVG element; None where matplotlib is not installed."""
+Curves = dict[str, tuple[Sequence[float], Sequence[float]]]  # name: x and y
+
+
+def line_plots(panels: dict[str, Curves], xlabel: str, log_x: bool = False) -> str | None:
+    """Named curves side by side, a panel per quantity, as an SVG element; None where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return None
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, max(3.4, 0.25 * len(curves))), layout="constrained")
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    figure = Figure(figsize=(max(6, 4 * len(panels)), 3.4 + 0.2 * len(names)), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = figure.subplots()
-    for name, (x, y) in curves.items():
-        axes.plot(x, y, "o-", label=name, markersize=4)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
-    ticks = sorted({value for x, _ in curves.values() for value in x})
-    axes.set_xticks(ticks, labels=list(map(str, ticks)))
-    axes.minorticks_off()
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes, (ylabel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, (x, y) in curves.items():
+            axes.plot(x, y, "o-", label=name, markersize=4)
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
+        ticks: list[float] = []
+        for value in sorted({value for x, _ in curves.values() for value in x}):
+            if not (log_x and ticks and value < 1.4 * ticks[-1]):  # where labels would touch
+                ticks.append(value)
+        axes.set_xticks(ticks, labels=list(map(str, ticks)))
+        axes.minorticks_off()
+    figure.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="outside lower center")
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return svg_element(text.getvalue())
 
 
 def quality_against_work(findings: Findings) -> str | None:
-    """PSNR against network forwards, as an SVG element; None where no two numbers of steps were run."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in findings.rows:
-        if row.method in findings.curves and row.kind == "mean" and "psnr" in row.scores:
-            curves.setdefault(findings.curves[row.method], []).append((row.nfe, row.scores["psnr"].mean))
-    if max(map(len, curves.values()), default=0) < 2:
-        return None
-    lines = {name: tuple(zip(*sorted(points), strict=True)) for name, points in curves.items()}
-    return line_plot(lines, "network forwards per sample", "PSNR of the middle, dB", log_x=True)
+    """Scores against network forwards, as an SVG element; None where no two numbers of steps were run."""
+    panels: dict[str, Curves] = {}
+    for score in ("psnr", "ssim", "temporal_l1"):
+        points: dict[str, list[tuple[int, float]]] = {}
+        for row in findings.rows:
+            if row.method in findings.curves and row.kind == "mean" and score in row.scores:
+                points.setdefault(findings.curves[row.method], []).append((row.nfe, row.scores[score].mean))
+        if max(map(len, points.values()), default=0) >= 2:
+            lines = {name: tuple(zip(*sorted(values), strict=True)) for name, values in points.items()}
+            panels[COLUMNS[score][0]] = lines
+    return line_plots(panels, "network forwards per sample", log_x=True) if panels else None
 
 
 def training_curves(history: dict[str, Any]) -> str:
