@@ -121,8 +121,10 @@ def measure(forms: Forms, rounds: int, device: torch.device) -> dict[str, list[f
     for name, form in forms.items():
         torch.testing.assert_close(form(), first, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n} differs: {m}")
 
+    gradient = torch.randn_like(first)  # dense, as in the network; that of a sum would be one number, expanded
+
     def backward(form: Callable[[], Tensor]) -> Callable[[], Any]:
-        return lambda: form().sum().backward()
+        return lambda: form().backward(gradient)
 
     def forward(form: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return torch.no_grad()(form)
