@@ -76,7 +76,9 @@ def build_parser() -> Parser:
         help="only the seconds from the start of train_video_ddpm.py --preset demo to its first optimiser step",
     )  # fmt: skip
     group.add_argument("--T", dest="num_frames", type=positive_int, default=8, help="frames per clip of --memory")
-    group.add_argument("--memory_of", choices=("kept", "checkpointed"), help=argparse.SUPPRESS)
+    group.add_argument(
+        "--memory_of", choices=("kept", "checkpointed"), help="one row of --memory, as JSON, for this process alone"
+    )
     add_common_flags(parser, rounds=5)
     return parser
 
