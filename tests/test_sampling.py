@@ -6,6 +6,7 @@ import shutil
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_checkpoint
 
 import sample_video_ddpm
@@ -100,6 +101,31 @@ def test_the_ends_the_seed_and_the_weights_decide_the_middle(sample, pngs):
     assert np.abs(base - middle("--guidance_scale", 0, out="e")).max() > 2
     unconditional = middle("--guidance_scale", 0, images=[*pngs[2:], *pngs[:2]], out="f")
     assert np.array_equal(unconditional, middle("--guidance_scale", 0, out="g"))
+
+
+def test_batches_and_compilation_change_no_frame(sample, monkeypatch):
+    compiled = []
+
+    def compile_nothing(function, **options):  # the real one needs a compiler and minutes; --compile must only call it
+        compiled.append((function.__name__, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    common = ["--num_clips", 1, "--num_samples", 2]
+    plain = sample(*common, "--batch_size", 1, out="plain")
+    fast = sample(*common, "--compile", out="compiled")
+    assert compiled == [("encode_contexts", {"dynamic": False}), ("denoise", {"dynamic": False})]
+    for name in ("clip_000_sample_000", "clip_000_sample_001"):
+        one, other = (np.stack(frames(folder / name)).astype(int) for folder in (plain, fast))
+        assert np.abs(one - other).max() <= 1  # a pixel may round the other way
+
+
+def test_the_default_is_the_fast_preset_and_the_record_says_so(tmp_path, ckpt):
+    argv = ["--ckpt", ckpt, "--out_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"]
+    assert main(list(map(str, argv))) == 0
+    record = json.loads((tmp_path / "out/sample.json").read_text())
+    assert record["nfe"] == 6 and (record["steps"], record["spacing"]) == (5, "quadratic")
+    assert record["guidance_interval"] == [0.3, 0.9] and record["guidance_scale"] == 1.8
 
 
 def test_images_are_treated_as_clip_frames_are(sample, tmp_path):
