@@ -11,7 +11,6 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
-import pytest
 import torch
 from conftest import TINY_FLAGS
 from test_bair import record, write
@@ -153,11 +152,16 @@ def test_scripts_end_with_one_line_and_status_two_as_processes():
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--size" in done.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_complete(script):
+def test_help_is_complete():
+    calls = [[str(ROOT / script), "--help"] for script in SCRIPTS]
     done = subprocess.run(
-        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env=quiet_environment()
-    )
-    assert done.returncode == 0
-    for action in SCRIPTS[script]._actions:
-        assert all(option in done.stdout for option in action.option_strings)
+        [sys.executable, "-c", RUN_SCRIPTS, json.dumps(calls)], cwd=ROOT, capture_output=True, text=True,
+        env=quiet_environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pages = done.stdout.split("usage: ")[1:]
+    assert len(pages) == len(SCRIPTS)
+    for page, (script, parser) in zip(pages, SCRIPTS.items(), strict=True):
+        assert page.startswith(Path(script).name)
+        for action in parser._actions:
+            assert all(option in page for option in action.option_strings), (script, action.option_strings)
