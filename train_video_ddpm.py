@@ -5,9 +5,10 @@ command with --resume goes on from there.
 """
 
 import argparse
+import hashlib
+import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -32,7 +33,7 @@ from data.kinetics_video_dataset import (
     steps_per_epoch,
 )
 from data.synthetic_videos import make_synthetic_videos
-from diffusion.loss import validation_loss
+from diffusion.loss import validation_sum
 from diffusion.noise import PREVIEW, generator_for
 from diffusion.sampler import sample_middle
 from diffusion.schedule import SCHEDULES, DiffusionSchedule
@@ -43,9 +44,11 @@ from training.optimisation import (
     learning_rate,
     optimise,
     plan_learning_rate,
+    trial_loss,
     use_fast_kernels,
 )
 from training.state import Saver, TrainingState, load_resumable, model_config_of, new_state, restore
+from utils import distributed
 from utils.flags import (
     Parser,
     decay,
@@ -179,7 +182,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=positive_int, default=8, help="clips per forward pass")
+    group.add_argument("--batch_size", type=positive_int, default=8, help="clips per forward pass, of each process")
     group.add_argument("--grad_accum", type=positive_int, default=1, help="forward passes per optimiser step")
     group.add_argument("--lr", type=positive_float, default=1e-4, help="peak learning rate of AdamW, cosine to 0")
     group.add_argument("--warmup_steps", type=non_negative_int, default=0, help="steps of linear rise; 0 = none")
@@ -340,10 +343,11 @@ def preview(
     clip: Tensor,
     args: argparse.Namespace,
     amp_dtype: torch.dtype | None,
-) -> tuple[Tensor, float, float]:
-    """Regenerate the middle of fixed clips [B,C,T,H,W] from fixed noise.
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Regenerate the middle of fixed clips [B,C,T,H,W] from fixed noise; `first` is the number of the first of them.
 
-    Returns: the generated clips, and the mean PSNR in dB of their middle and of the cross-fade's.
+    Returns: the generated clips, and the PSNR [B] in dB of their middle and of the cross-fade's.
     """
     start, middle, end = split_clip(clip, args.endpoint_context)
     m = middle.shape[2]
@@ -351,10 +355,10 @@ def preview(
         generated = sample_middle(
             ema, schedule, start, end, num_middle=m, steps=args.vis_steps, guidance_scale=args.vis_guidance_scale,
             dynamic_threshold=args.dynamic_threshold, noise_offset=args.noise_offset,
-            generator=[generator_for(args.seed, PREVIEW, i) for i in range(len(clip))],
+            generator=[generator_for(args.seed, PREVIEW, first + i) for i in range(len(clip))],
         )  # fmt: skip
     faded = cross_fade(start, end, m)
-    return join_clip(start, generated, end), psnr(generated, middle).mean().item(), psnr(faded, middle).mean().item()
+    return join_clip(start, generated, end), psnr(generated, middle), psnr(faded, middle)
 
 
 def save_preview(stem: Path, clip: Tensor, generated: Tensor, endpoint_context: int) -> Tensor:
@@ -394,6 +398,20 @@ def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDat
     return train_clips, VideoClipDataset(val_videos, source, random_window=False, **window)
 
 
+def make_out_dir(out_dir: Path, empty: bool) -> None:
+    """Make the run's folder, without what killed processes left behind in it.
+
+    Raises: ValueError: if it cannot be made.
+    """
+    if empty:
+        shutil.rmtree(out_dir, ignore_errors=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out_dir {out_dir}: cannot be made ({error.strerror})") from error
+    remove_stale_temporaries(out_dir)
+
+
 def describe_run(
     args: argparse.Namespace, state: TrainingState, clips: tuple[int, int], steps: int, amp_dtype: torch.dtype | None
 ) -> None:
@@ -403,7 +421,8 @@ def describe_run(
     precision = {None: "float32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast"}[amp_dtype]
     print(
         f"{clips[0]} training and {clips[1]} validation clips; {parameters:,} parameters; {device}, {precision}; "
-        f"steps {state.step + 1} to {steps}",
+        f"steps {state.step + 1} to {steps}"
+        + (f"; {args.processes} processes, {args.processes * args.batch_size} clips at once" * (args.processes > 1)),
         flush=True,
     )
     if args.amp and device.type == "cpu":
@@ -431,24 +450,25 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         checkpoint: to go on from; None = a fresh run.
         source: its file.
 
-    Raises: ValueError or OSError: for what the user can mend. FloatingPointError: if the loss is not finite.
+    Raises: ValueError or OSError: for what the user can mend. FloatingPointError: if the loss is not finite or
+        diverged. PeerLostError: if another process of the run is gone.
     """
+    device = distributed.join(resolve_device(args.device))
+    main_process = distributed.is_main()
+    args.processes = distributed.world_size()
     out_dir = Path(args.out_dir)
     if args.dry_run:
         out_dir = out_dir / "dry_run"
-        shutil.rmtree(out_dir, ignore_errors=True)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out_dir {out_dir}: cannot be made ({error.strerror})") from error
-    remove_stale_temporaries(out_dir)
-    device = resolve_device(args.device)
+    if main_process:
+        make_out_dir(out_dir, empty=args.dry_run)
     amp_dtype = choose_amp_dtype(args, device)
     use_fast_kernels(device)
 
     # data
-    workers = min(args.num_workers, os.cpu_count() or 1)
-    train_clips, val_clips = open_clips(args)
+    workers = min(args.num_workers, max(1, (os.cpu_count() or 1) // distributed.processes_here()))
+    train_clips, val_clips = distributed.take_turns(lambda: open_clips(args))
+    named = [[(video.name, video.info.frames) for video in clips.videos] for clips in (train_clips, val_clips)]
+    distributed.check_alike("--data_root: the files", hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16])
     failures = ReadFailures(log=tqdm.write)
     loading = {
         "num_workers": workers, "collate_fn": collate, "pin_memory": device.type == "cuda",
@@ -465,9 +485,10 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         raise ValueError(f"{out_dir / 'last.pt'}: its model_config and its args disagree")
     state = new_state(args, model_config, device, amp_dtype)
     schedule = DiffusionSchedule(args.timesteps, args.beta_schedule).to(device)
-    epoch_steps = steps_per_epoch(len(train_clips), args.batch_size * args.grad_accum)
+    epoch_steps = steps_per_epoch(len(train_clips), args.batch_size * args.grad_accum * args.processes)
     if checkpoint:
         restore(state, checkpoint, args, epoch_steps)
+    distributed.check_alike(f"{out_dir / 'last.pt'}: the step", state.step)
     last_position = args.epochs * epoch_steps
     total_steps = min(last_position, args.max_steps or last_position)
     if args.dry_run:
@@ -483,51 +504,77 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     describe_run(args, state, (len(train_clips), len(val_clips)), total_steps, amp_dtype)
     if args.compile:
         state.model.compile(dynamic=False)  # in place: the state dict keeps its names
-    save_run_description(out_dir / "run.json", vars(args), device)
-    records = Records(out_dir, state.step, (args.log_dir or out_dir / "tensorboard") if args.tensorboard else None)
+    state.parallel = distributed.averaging_gradients(state.model, device)
+    if main_process:
+        save_run_description(out_dir / "run.json", vars(args), device)
+        records = Records(out_dir, state.step, (args.log_dir or out_dir / "tensorboard") if args.tensorboard else None)
 
     order = ClipBatches(
         len(train_clips), args.batch_size, args.grad_accum, args.seed,
         first=state.position * args.grad_accum, last=last_position * args.grad_accum,
+        part=(distributed.rank(), args.processes),
     )  # fmt: skip
     batches = clips_on_device(DataLoader(train_clips, batch_sampler=order, **loading))
     in_order = [(0, i) for i in range(len(val_clips))]
-    val_batches = [in_order[i : i + args.batch_size] for i in range(0, len(in_order), args.batch_size)]
+    mine = distributed.share(len(val_clips))
+    val_batches = [in_order[i : min(i + args.batch_size, mine.stop)] for i in mine[:: args.batch_size]]
     val_loader = DataLoader(val_clips, batch_sampler=val_batches, **loading)
     preview_keys = in_order[:: math.ceil(len(in_order) / PREVIEW_CLIPS)]
 
-    saver = Saver(out_dir, args, epoch_steps, last_is_whole=source is not None and source.name == "last.pt")
+    saver = Saver(
+        out_dir, args, epoch_steps, last_is_whole=source is not None and source.name == "last.pt",
+        trial_loss=lambda: trial_loss(state, schedule, args, amp_dtype),
+    )  # fmt: skip
+
+    def validate() -> float:
+        parts = (split_clip(clip, args.endpoint_context) for clip in clips_on_device(val_loader))
+        with autocast(device, amp_dtype):
+            sums = validation_sum(
+                state.ema, schedule, parts, len(val_clips), args.seed, args.temporal_loss_weight, args.noise_offset,
+                first=mine.start,
+            )  # fmt: skip
+        loss, pairs = distributed.total(*sums)
+        return loss / pairs
+
+    def show(stem: Path) -> dict[str, float]:
+        """Generate the preview clips, each process its share, and write them; returns their scores."""
+        shown = distributed.share(len(preview_keys))
+        made = None
+        if shown:
+            clip = next(clips_on_device([collate([val_clips[preview_keys[i]] for i in shown])]))
+            made = [clip.cpu(), *(part.cpu() for part in preview(state.ema, schedule, clip, args, amp_dtype, shown[0]))]
+        parts = [part for part in distributed.gather(made) if part]
+        if not main_process:
+            return {}
+        clip, generated, scores, faded_scores = map(torch.cat, zip(*parts, strict=True))
+        try:
+            records.add_sheet(state.step, save_preview(stem, clip, generated, args.endpoint_context))
+        except OSError as error:
+            tqdm.write(f"WARNING: --out_dir {out_dir}: the preview could not be written ({error})", file=sys.stderr)
+        return {"psnr": scores.mean().item(), "psnr_cross_fade": faded_scores.mean().item()}
 
     def finish_epoch() -> None:
         """Validate, show, record and save."""
         epoch = math.ceil(state.position / epoch_steps)
-        with autocast(device, amp_dtype):
-            parts = (split_clip(clip, args.endpoint_context) for clip in clips_on_device(val_loader))
-            val_loss = validation_loss(
-                state.ema, schedule, parts, len(val_clips), args.seed, args.temporal_loss_weight, args.noise_offset
-            )
+        val_loss = validate()
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"the validation loss must stay finite (got {val_loss})")
         entry = {
             "step": state.step, "epoch": epoch, "train_loss": state.tally.take_mean("epoch"), "val_loss": val_loss,
-            "skipped_steps": int(state.tally.read()["skipped"]),
+            **bad_steps(state.tally.read()),
         }  # fmt: skip
         state.history["epochs"].append(entry)
         losses = f"training loss {loss_text(entry['train_loss'])}  validation loss {val_loss:.4f}"
         line = f"epoch {epoch}/{args.epochs}  {losses}"
         if args.dry_run or (args.vis_every and (epoch % args.vis_every == 0 or finished())):
-            clip = next(clips_on_device([collate([val_clips[key] for key in preview_keys])]))
-            made, entry["psnr"], entry["psnr_cross_fade"] = preview(state.ema, schedule, clip, args, amp_dtype)
-            try:
-                sheet = save_preview(out_dir / f"epoch_{epoch:04d}_sample", clip, made, args.endpoint_context)
-                records.add_sheet(state.step, sheet)
-            except OSError as error:
-                tqdm.write(f"WARNING: --out_dir {out_dir}: the preview could not be written ({error})", file=sys.stderr)
-            line += f"  middle PSNR {entry['psnr']:.2f} dB (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
-        if "psnr" in entry or finished():
-            save_training_curves(out_dir / "training_curves.png", state.history)
-        tqdm.write(line)
-        records.add("val", **entry)
+            entry |= show(out_dir / f"epoch_{epoch:04d}_sample")
+        if main_process:
+            if "psnr" in entry:
+                line += f"  middle PSNR {entry['psnr']:.2f} dB (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
+            if "psnr" in entry or finished():
+                save_training_curves(out_dir / "training_curves.png", state.history)
+            tqdm.write(line)
+            records.add("val", **entry)
         if val_loss < state.best_val_loss:
             state.best_val_loss = val_loss
             saver.save_best(state)
@@ -537,13 +584,15 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         """Record the steps since the last line; the only place between saves that waits for the device."""
         tally = state.tally.read()
         grad_norm, loss = tally["grad_norm"], state.tally.take_mean("line")
+        if not main_process:
+            return
         clips_per_second = clips / (time.perf_counter() - since)  # the device is done with them now
         if loss is not None:
             state.history["train"].append([state.step, loss])
         lr = learning_rate(state.step - 1, state.plan)
         records.add(
             "train", state.step, epoch=state.position / epoch_steps, loss=loss, lr=lr,
-            grad_norm=grad_norm if math.isfinite(grad_norm) else None, skipped_steps=int(tally["skipped"]),
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None, **bad_steps(tally),
             clips_per_second=clips_per_second,
             gpu_memory_mib=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
         )  # fmt: skip
@@ -553,20 +602,23 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
 
     # loop
     stop = StopRequest()
-    bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=None)
+    hidden = None if main_process else True  # None = where it is no terminal
+    bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=hidden)
     clock, clips_seen = time.perf_counter(), 0
     try:
-        while not finished() and stop.signal is None:
+        (stopped_by,) = distributed.highest(stop.signal or 0)
+        while not (finished() or stopped_by):
             optimise(state, schedule, batches, args, amp_dtype)
             bar.update()
-            clips_seen += args.batch_size * args.grad_accum
+            clips_seen += args.batch_size * args.grad_accum * args.processes
             if state.step % args.log_every == 0 or state.step == 1:
                 write_line(clips_seen, clock)
                 clock, clips_seen = time.perf_counter(), 0
+            stopped_by, due = distributed.highest(stop.signal or 0, saver.due(state.step))  # all do the same next
             if state.position % epoch_steps == 0 or finished():
                 finish_epoch()
                 clock, clips_seen = time.perf_counter(), 0
-            elif saver.due(state.step):
+            elif due:
                 saver.save_last(state)
     except FloatingPointError as error:
         kept = out_dir / "last.pt"
@@ -574,34 +626,47 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         raise FloatingPointError(f"after step {state.step}: {error}; {good}") from error
     finally:
         bar.close()
-        records.close()
+        if main_process:
+            records.close()
         stop.restore()
-    if stop.signal is not None:
+    if stopped_by and not finished():
         saver.save_last(state)
-    if saver.failed:
+    if isinstance(saver.failure, FloatingPointError):
+        raise saver.failure
+    if saver.failure:
         raise ValueError(f"--out_dir {out_dir}: the work since the last save is lost, as it could not be written")
+    distributed.leave()
     if not finished():
-        name = signal.Signals(stop.signal).name
-        print(f"stopped by {name} after step {state.step}; go on with: {resume_command(args)}")
-        return 128 + stop.signal
+        name = signal.Signals(stopped_by).name
+        print(f"stopped by {name} after step {state.step}; go on with: {resume_command(args)}", flush=True)
+        return 128 + stopped_by
     print(f"done: {state.step} steps, {out_dir / 'last.pt'}")
     return 0
 
 
+def bad_steps(tally: dict[str, float]) -> dict[str, int]:
+    """The counts of the whole run that metrics.jsonl has in every line."""
+    return {"skipped_steps": int(tally["skipped"]), "diverged_steps": int(tally["diverged"])}
+
+
 def resume_command(args: argparse.Namespace) -> str:
     """The command that goes on with a stopped run."""
-    words = [Path(sys.executable).name, "train_video_ddpm.py", "--out_dir", args.out_dir, "--resume"]
-    return shlex.join(words)
+    return distributed.launch_command("train_video_ddpm.py", "--out_dir", args.out_dir, "--resume")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 diverged, 2 wrong input, 128 + n stopped by signal n."""
+    """Entry point; returns the exit status.
+
+    It is 0 for done, 1 for a run that diverged or lost another of its processes, 2 for wrong input, 128 + n for one
+    stopped by signal n.
+    """
     parser = build_parser()
     try:
-        return train(*resolve_arguments(parser, argv))
+        with distributed.only_main_speaks(), distributed.watching_peers():
+            return train(*resolve_arguments(parser, argv))
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    except FloatingPointError as error:
+    except (FloatingPointError, distributed.PeerLostError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped at once, without saving\n")

@@ -461,12 +461,23 @@ class ClipBatches:
         seed: of the permutations.
         first: number of the first batch, counted from the start of training.
         last: number after the last batch.
+        part: which of several processes asks, and how many there are: their batches together are one large batch.
     """
 
-    def __init__(self, clips: int, batch_size: int, batches_per_step: int, seed: int, first: int, last: int):
+    def __init__(
+        self,
+        clips: int,
+        batch_size: int,
+        batches_per_step: int,
+        seed: int,
+        first: int,
+        last: int,
+        part: tuple[int, int] = (0, 1),
+    ):
         self.clips = clips
         self.batch_size = batch_size
-        self.batches_per_epoch = steps_per_epoch(clips, batch_size * batches_per_step) * batches_per_step
+        self.number, self.parts = part
+        self.batches_per_epoch = steps_per_epoch(clips, batch_size * self.parts * batches_per_step) * batches_per_step
         self.seed = seed
         self.first = first
         self.last = last
@@ -480,8 +491,10 @@ class ClipBatches:
             epoch, place = divmod(number, self.batches_per_epoch)
             if epoch != ordered_epoch:
                 permutation = np.random.default_rng([self.seed, epoch]).permutation(self.clips)
-                order, ordered_epoch = np.resize(permutation, self.batches_per_epoch * self.batch_size), epoch
-            chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+                whole = self.batches_per_epoch * self.parts * self.batch_size
+                order, ordered_epoch = np.resize(permutation, whole), epoch
+            start = (place * self.parts + self.number) * self.batch_size
+            chosen = order[start : start + self.batch_size]
             yield [(epoch, int(i)) for i in chosen]
 
 

@@ -35,8 +35,11 @@ def sample_training_noise(
     generator: torch.Generator,
     cfg_drop_prob: float = 0.0,
     noise_offset: float = 0.0,
+    part: tuple[int, int] = (0, 1),
 ) -> TrainingNoise:
     """Draw a training step's indices, noise and dropped clips, on the device of `generator`, moved to that of `middle`.
+
+    Several processes draw for all their clips from equal generators and keep a part each: what one would have drawn.
 
     Args:
         middle: clean middle frames, [B,C,M,H,W]; only its shape and device count.
@@ -44,15 +47,18 @@ def sample_training_noise(
         generator: source of all three draws.
         cfg_drop_prob: chance per clip of dropping both contexts.
         noise_offset: standard deviation of a constant added to eps per clip and channel; 0 = none.
+        part: which part of the draw is `middle`'s, and how many parts there are.
     """
-    b, c = middle.shape[:2]
+    number, parts = part
+    b, c = middle.shape[0] * parts, middle.shape[1]
     device = generator.device
     t = torch.randint(timesteps, (b,), generator=generator, device=device)
-    eps = torch.randn(middle.shape, generator=generator, device=device)
+    eps = torch.randn(b, *middle.shape[1:], generator=generator, device=device)
     dropped = torch.rand(b, generator=generator, device=device) < cfg_drop_prob
     if noise_offset:
         eps += noise_offset * torch.randn(b, c, 1, 1, 1, generator=generator, device=device)
-    return TrainingNoise(t.to(middle.device), eps.to(middle.device), dropped.to(middle.device))
+    mine = slice(number * len(middle), (number + 1) * len(middle))
+    return TrainingNoise(*(drawn[mine].to(middle.device) for drawn in (t, eps, dropped)))
 
 
 def drop_contexts(start_context: Tensor, end_context: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +106,7 @@ def diffusion_loss(
 
 
 @torch.no_grad()
-def validation_loss(
+def validation_sum(
     model: nn.Module,
     schedule: DiffusionSchedule,
     parts: Iterable[tuple[Tensor, Tensor, Tensor]],
@@ -108,23 +114,28 @@ def validation_loss(
     seed: int,
     temporal_loss_weight: float = 0.0,
     noise_offset: float = 0.0,
-) -> float:
-    """Mean loss over a split at fixed, evenly spread t and fixed noise per clip: a function of the weights alone.
+    first: int = 0,
+) -> tuple[float, int]:
+    """Losses of a split at fixed, evenly spread t and fixed noise per clip: a function of the weights alone.
 
     Args:
         model: as in `diffusion_loss`.
         schedule: likewise.
-        parts: the split in order and in batches of any size: start_context, middle, end_context.
+        parts: the split, or a stretch of it, in order and in batches of any size: start_context, middle, end_context.
         clips: how many the split has; few of them are seen at several t each.
         seed: of the noise.
         temporal_loss_weight: as in training.
         noise_offset: as in training.
+        first: number of the clip in the split with which `parts` begins.
+
+    Returns: the sum over all pairs of a clip and a t, and their number. Those of the stretches of a split add up, and
+        the split's sum by its number is the validation loss.
     """
     draws = math.ceil(VALIDATION_PAIRS / clips)
     total, seen = 0.0, 0
     for start, middle, end in parts:
         for draw in range(draws):
-            strata = [draw * clips + seen + n for n in range(len(middle))]  # out of draws * clips
+            strata = [draw * clips + first + seen + n for n in range(len(middle))]  # out of draws * clips
             t = [int((stratum + 0.5) / (draws * clips) * schedule.timesteps) for stratum in strata]
             generators = [generator_for(seed, VALIDATION, stratum) for stratum in strata]
             eps = sample_noise(middle.shape[1:], generators, middle.device, noise_offset)
@@ -133,4 +144,4 @@ def validation_loss(
                 diffusion_loss(model, schedule, start, middle, end, t, eps, temporal_loss_weight).total.sum().item()
             )
         seen += len(middle)
-    return total / (draws * seen)
+    return total, draws * seen

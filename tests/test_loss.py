@@ -9,7 +9,7 @@ from diffusion.loss import (
     drop_contexts,
     sample_training_noise,
     temporal_l1,
-    validation_loss,
+    validation_sum,
 )
 from diffusion.noise import generator_for
 from diffusion.schedule import DiffusionSchedule
@@ -110,7 +110,8 @@ class Recorder(torch.nn.Module):
 
 def validate(clips, batch_size, seed=0, model=None):
     parts = (tuple(part[i : i + batch_size] for part in clips) for i in range(0, len(clips[1]), batch_size))
-    return validation_loss(model or Recorder(), SCHEDULE, parts, len(clips[1]), seed, temporal_loss_weight=0.05)
+    total, pairs = validation_sum(model or Recorder(), SCHEDULE, parts, len(clips[1]), seed, temporal_loss_weight=0.05)
+    return total / pairs
 
 
 @pytest.mark.parametrize("count", [3, 10])
@@ -144,3 +145,24 @@ def test_validation_is_the_mean_over_all_clips():
         return total / 70
 
     assert validate(clips, 16) == pytest.approx(one_at_a_time(), rel=1e-5)
+
+
+def test_the_sums_of_stretches_of_a_split_add_up_to_its_own():
+    clips = batch(b=10)
+    whole = validation_sum(Recorder(), SCHEDULE, [clips], 10, seed=3)
+    stretches = [
+        validation_sum(Recorder(), SCHEDULE, [tuple(part[i:j] for part in clips)] if j > i else [], 10, 3, first=i)
+        for i, j in ((0, 3), (3, 3), (3, 10))
+    ]
+    total, pairs = map(sum, zip(*stretches, strict=True))
+    assert total == pytest.approx(whole[0], rel=1e-5) and pairs == whole[1] == 70
+
+
+def test_several_processes_draw_what_one_would():
+    middle = torch.zeros(6, 3, 2, 4, 4)
+    draw = lambda frames, **part: sample_training_noise(  # noqa: E731
+        frames, 1000, torch.Generator().manual_seed(5), 0.5, 0.1, **part
+    )
+    parts = [draw(middle[:2], part=(i, 3)) for i in range(3)]
+    for whole, *pieces in zip(draw(middle), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(pieces))

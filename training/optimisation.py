@@ -16,6 +16,7 @@ from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise
 from diffusion.noise import TRAIN, generator_for
 from diffusion.schedule import DiffusionSchedule
 from training.state import TrainingState
+from utils import distributed
 from utils.video_utils import split_clip
 
 
@@ -75,25 +76,29 @@ def optimise(
     args: argparse.Namespace,
     amp_dtype: torch.dtype | None,
 ) -> None:
-    """One optimiser step over --grad_accum batches.
+    """One optimiser step over --grad_accum batches of every process.
 
     Where the loss or the gradient norm is not finite, weights and moments stay as they were, and the tally counts a
     skipped step.
     """
     device = state.tally.values.device
     generator = generator_for(args.seed, TRAIN, state.position, device=device)
+    part = (distributed.rank(), distributed.world_size())
     total = torch.zeros((), device=device)
-    for _ in range(args.grad_accum):
+    for number in range(1, args.grad_accum + 1):
         start, middle, end = split_clip(next(batches), args.endpoint_context)
-        noise = sample_training_noise(middle, args.timesteps, generator, args.cfg_drop_prob, args.noise_offset)
+        noise = sample_training_noise(middle, args.timesteps, generator, args.cfg_drop_prob, args.noise_offset, part)
         start, end = drop_contexts(start, end, noise.dropped)
-        with autocast(device, amp_dtype):
-            terms = diffusion_loss(
-                state.model, schedule, start, middle, end, noise.t, noise.eps, args.temporal_loss_weight
-            )
-        loss = terms.total.mean() / args.grad_accum
-        state.scaler.scale(loss).backward()
+        inputs = (start, middle, end, noise.t, noise.eps)
+        state.trial = state.trial or inputs
+        whole = number == args.grad_accum
+        with contextlib.nullcontext() if whole else distributed.without_averaging(state.parallel):
+            with autocast(device, amp_dtype):
+                terms = diffusion_loss(state.parallel, schedule, *inputs, args.temporal_loss_weight)
+            loss = terms.total.mean() / args.grad_accum
+            state.scaler.scale(loss).backward()
         total += loss.detach()
+    total = distributed.mean(total)
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), args.grad_clip or math.inf)
 
@@ -111,6 +116,22 @@ def optimise(
     state.position += 1
     state.step += 1
     update_ema(state.ema, state.model, args.ema_decay if state.step > args.ema_update_after_step else 0.0)
+
+
+@torch.no_grad()
+def trial_loss(
+    state: TrainingState, schedule: DiffusionSchedule, args: argparse.Namespace, amp_dtype: torch.dtype | None
+) -> float:
+    """The loss of the first batch since the start under the weights as they are now: are they sound?
+
+    0 before the first step. The host waits for the device.
+    """
+    if state.trial is None:
+        return 0.0
+    with autocast(state.tally.values.device, amp_dtype):
+        # not called by its name: torch.compile would make another version, without gradients
+        terms = diffusion_loss(state.model.forward, schedule, *state.trial, args.temporal_loss_weight)
+    return terms.total.mean().item()
 
 
 @torch.no_grad()

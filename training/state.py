@@ -5,53 +5,66 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.noise import INIT, generator_for
 from models.video_unet3d import VideoUNet3D, build_model
+from utils import distributed
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 
 UNSAVED_FLAGS = ("resume", "dry_run", "preset")  # what a command does, as against what a run is
-MAX_SKIPPED_IN_ROW = 20  # an fp16 loss scale starts too high by a few halvings; this many mean that the run is lost
+MAX_BAD_IN_ROW = 20  # an fp16 loss scale starts too high by a few halvings; this many mean that the run is lost
+DIVERGED = 10  # times the loss of a network that predicts nothing
 
 
 class Tally:
     """Running sums over steps, kept on the device in float64, so that no step waits for a number.
 
     Its entries: loss and steps since the last line of metrics.jsonl, loss and steps of this epoch (steps whose loss
-    and gradient are finite count in both), the last gradient norm, and skipped steps, of the whole run and in a row.
+    and gradient are finite count in both), the last gradient norm, steps skipped as not finite and steps of a diverged
+    loss in the whole run, and either of them in a row.
+
+    Args:
+        device: where the losses are.
+        bound: above it a loss is diverged.
     """
 
-    NAMES = ("line_loss", "line_steps", "epoch_loss", "epoch_steps", "grad_norm", "skipped", "skipped_in_row")
+    NAMES = ("line_loss", "line_steps", "epoch_loss", "epoch_steps", "grad_norm", "skipped", "diverged", "bad_in_row")
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, bound: float):
+        self.bound = bound
         self.values = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, loss: Tensor, norm: Tensor) -> None:
         """Count one step: its loss and gradient norm, 0-dimensional, on the device."""
-        fine = loss.isfinite() & norm.isfinite()
-        counted, loss = fine.double(), torch.where(fine, loss.double(), 0.0)
-        *sums, _, skipped, in_row = self.values.unbind()
+        finite = loss.isfinite() & norm.isfinite()
+        counted, loss = finite.double(), torch.where(finite, loss.double(), 0.0)
+        diverged = (loss > self.bound).double()
+        *sums, _, skipped, diverged_before, in_row = self.values.unbind()
         sums = [total + more for total, more in zip(sums, (loss, counted, loss, counted), strict=True)]
-        self.values = torch.stack([*sums, norm.double(), skipped + 1 - counted, (in_row + 1) * (1 - counted)])
+        bad = 1 - counted + diverged
+        self.values = torch.stack(
+            [*sums, norm.double(), skipped + 1 - counted, diverged_before + diverged, (in_row + bad) * bad]
+        )
 
     def read(self) -> dict[str, float]:
         """Every entry by name; this waits for the device.
 
-        Raises: FloatingPointError: if too many steps in a row were skipped.
+        Raises: FloatingPointError: if too many steps in a row were skipped or diverged.
         """
         values = dict(zip(self.NAMES, self.values.tolist(), strict=True))
-        if values["skipped_in_row"] >= MAX_SKIPPED_IN_ROW:
+        if values["bad_in_row"] >= MAX_BAD_IN_ROW:
             raise FloatingPointError(
-                f"gradients must be finite in at least one of {MAX_SKIPPED_IN_ROW} steps in a row "
-                f"(got {values['skipped_in_row']:.0f} that are not)"
+                f"of {MAX_BAD_IN_ROW} steps in a row one must have finite gradients and a loss of at most "
+                f"{self.bound:g} (got {values['bad_in_row']:.0f} without; a lower --lr or --warmup_steps may help)"
             )
         return values
 
@@ -68,10 +81,12 @@ class TrainingState:
 
     `step` counts optimiser steps, those that were skipped included; `position` counts steps' worth of clips since the
     first epoch began: they differ once a run goes on with another batch size. Data and noise follow `position`,
-    learning rate and EMA follow `step`.
+    learning rate and EMA follow `step`. `parallel` is the model, or the wrapper of it that averages gradients over
+    processes, and `trial` the inputs of the first loss, on which weights are tried before they are saved.
     """
 
     model: VideoUNet3D
+    parallel: nn.Module
     ema: VideoUNet3D
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -80,28 +95,40 @@ class TrainingState:
     position: int = 0
     best_val_loss: float = math.inf
     plan: dict[str, float] | None = None
+    trial: tuple[Tensor, ...] | None = None
     history: dict[str, Any] = field(default_factory=lambda: {"train": [], "epochs": [], "sums": {}})
 
 
 class Saver:
-    """Writes a run's checkpoints when they are due; one that cannot be written costs a line, not the run.
+    """Writes a run's checkpoints when they are due, if this is the main process.
+
+    One that cannot be written costs a line, not the run. One whose weights are diverged is not written.
 
     Args:
         out_dir: the run's folder.
         args: the run's arguments.
         epoch_steps: optimiser steps of an epoch.
         last_is_whole: whether last.pt is known to be readable, and so worth keeping as prev.pt.
+        trial_loss: gives the loss of some batch under the weights that are to be saved.
 
     Attributes:
-        failed: whether the newest attempt at last.pt failed.
+        failure: why the newest attempt at last.pt failed, or None.
     """
 
-    def __init__(self, out_dir: Path, args: argparse.Namespace, epoch_steps: int, last_is_whole: bool):
+    def __init__(
+        self,
+        out_dir: Path,
+        args: argparse.Namespace,
+        epoch_steps: int,
+        last_is_whole: bool,
+        trial_loss: Callable[[], float],
+    ):
         self.out_dir = out_dir
         self.args = args
         self.epoch_steps = epoch_steps
         self.last_is_whole = last_is_whole
-        self.failed = False
+        self.trial_loss = trial_loss
+        self.failure: OSError | FloatingPointError | None = None
         self.tried_at = time.monotonic()
 
     def due(self, step: int) -> bool:
@@ -117,16 +144,36 @@ class Saver:
     def save_last(self, state: TrainingState) -> None:
         """Write last.pt, and keep the one before it as prev.pt."""
         self.tried_at = time.monotonic()
-        self.failed = not self._save("last.pt", state, self.out_dir / "prev.pt" if self.last_is_whole else None)
-        self.last_is_whole |= not self.failed
+        self.failure = self._save("last.pt", state, self.out_dir / "prev.pt" if self.last_is_whole else None)
+        self.last_is_whole |= self.failure is None
 
-    def _save(self, name: str, state: TrainingState, previous: Path | None) -> bool:
+    def _save(self, name: str, state: TrainingState, previous: Path | None) -> OSError | FloatingPointError | None:
+        state.history["sums"] = state.tally.read()  # in every process, so that a lost run ends in all of them
+        if not distributed.is_main():
+            return None
+        failure: OSError | FloatingPointError
         try:
-            save(self.out_dir / name, state, self.args, self.epoch_steps, previous)
+            loss = self.trial_loss()
+            if loss <= state.tally.bound:  # not so where it is no number
+                save(self.out_dir / name, state, self.args, self.epoch_steps, previous)
+                return None
+            failure = FloatingPointError(
+                f"{self.out_dir / name} is not written: the weights after step {state.step} are diverged, their loss "
+                f"must be at most {state.tally.bound:g} (got {loss:g}; a lower --lr or --warmup_steps may help)"
+            )
         except OSError as error:
-            tqdm.write(f"WARNING: {error}; what was saved before is untouched", file=sys.stderr)
-            return False
-        return True
+            failure = error
+        tqdm.write(f"WARNING: {failure}; what was saved before is untouched", file=sys.stderr)
+        return failure
+
+
+def diverged_loss(args: argparse.Namespace) -> float:
+    """The loss above which training counts as diverged; a network that predicts 0 has a tenth of it at most.
+
+    v has at most the variance of a noise eps, 1 + noise_offset^2, as clips lie in [-1, 1]; frame differences of natural
+    clips are below 1.
+    """
+    return DIVERGED * (1 + args.noise_offset**2 + args.temporal_loss_weight)
 
 
 def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -145,11 +192,13 @@ def new_state(
     model.activation_checkpointing = args.activation_checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    return TrainingState(model.train(), ema, optimizer, scaler, Tally(device))
+    tally = Tally(device, diverged_loss(args))
+    return TrainingState(model.train(), model, ema, optimizer, scaler, tally)
 
 
 def restore(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Namespace, epoch_steps: int) -> None:
-    """Go on where a checkpoint stands; a changed batch size goes on at the same clip of the epoch.
+    """Go on where a checkpoint stands; another batch size or number of processes goes on
+    at the same clip of the epoch.
 
     Raises: ValueError: if its weights do not fit its model_config.
     """
@@ -164,8 +213,8 @@ def restore(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Nam
     if checkpoint["scaler"]:  # that of a run without fp16 is empty
         state.scaler.load_state_dict(checkpoint["scaler"])
     stored = checkpoint["args"]
-    clips_done = checkpoint["step_in_epoch"] * stored["batch_size"] * stored["grad_accum"]
-    step_in_epoch = clips_done // (args.batch_size * args.grad_accum)
+    clips_done = checkpoint["step_in_epoch"] * stored["batch_size"] * stored["grad_accum"] * stored.get("processes", 1)
+    step_in_epoch = clips_done // (args.batch_size * args.grad_accum * args.processes)
     state.step = checkpoint["step"]
     state.position = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
     state.best_val_loss, state.history = checkpoint["best_val_loss"], checkpoint["history"]
@@ -203,10 +252,9 @@ def save(
         epoch_steps: optimiser steps of an epoch.
         previous: where the checkpoint that is at `path` now is kept; None = it goes.
 
-    Raises: FloatingPointError: if the run is lost; OSError: if the file cannot be written.
+    Raises: OSError: if the file cannot be written.
     """
     epoch, step_in_epoch = divmod(state.position, epoch_steps)
-    state.history["sums"] = state.tally.read()
     contents = {
         "step": state.step,
         "epoch": epoch,

@@ -1,0 +1,179 @@
+"""torchrun glue: who this process is among those of a run, and the few things that they do together.
+
+In a run of one process every function does what one process needs, so that callers have no branches.
+"""
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# A process that dies closes its connections, which the others see at once. These bounds are for a machine that
+# vanishes without a word, and for the first look at a large data folder, during which the others wait.
+STEP_TIMEOUT = timedelta(minutes=30)
+PREPARATION_TIMEOUT = timedelta(days=1)
+LOSS_OF_PEER = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo/transport", "nccl")
+
+Result = TypeVar("Result")
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run ended or fell silent."""
+
+
+def world_size() -> int:
+    """How many processes the run has, by torchrun's environment; 1 without it."""
+    started = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return int(os.environ["WORLD_SIZE"]) if started else 1
+
+
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+def processes_here() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
+
+
+def join(device: torch.device) -> torch.device:
+    """Meet the other processes, over NCCL on GPUs and gloo on CPUs; returns the device of this one.
+
+    Raises: ValueError: if this machine has not a GPU for each of its processes, or one was named for all of them.
+    """
+    if world_size() == 1:
+        return device
+    if device.type == "cuda":
+        count, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if device.index is not None:
+            raise ValueError(f"--device must be auto, cuda or cpu for several processes (got {device})")
+        if number >= count:
+            raise ValueError(f"--nproc_per_node must be at most {count}, the GPUs of this machine (got {number + 1})")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    # what is on the CPU, such as a signal that came, never waits for a GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
+    return device
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def only_main_speaks() -> Iterator[None]:
+    """What all processes would print alike is printed by one; errors and warnings are still everybody's."""
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def watching_peers() -> Iterator[None]:
+    """Raises: PeerLostError: in place of what torch says, if another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        if not dist.is_initialized() or not any(sign in words.lower() for sign in LOSS_OF_PEER):
+            raise
+        raise PeerLostError(f"process {rank()} of {world_size()} lost another one ({words[-160:]})") from error
+
+
+def take_turns(prepare: Callable[[], Result]) -> Result:
+    """prepare() by the first process of all, then by the first of every machine, then by those that find it done."""
+    if world_size() == 1:
+        return prepare()
+    waiting_room = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+    mine = 0 if is_main() else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for turn in range(3):
+        if turn == mine:
+            result = prepare()
+        dist.barrier(waiting_room)
+    return result
+
+
+def check_alike(what: str, value: Any) -> None:
+    """Raises: ValueError: unless `value`, which each process read from a disk, is the same in all of them."""
+    if world_size() == 1:
+        return
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    if any(other != values[0] for other in values):
+        raise ValueError(f"{what} must be the same for all processes of a run (got {', '.join(map(str, values))})")
+
+
+def averaging_gradients(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, in a wrapper that averages its gradients over all processes during each backward pass."""
+    if world_size() == 1:
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+
+
+def without_averaging(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Within it, gradients only add up in each process: for all backward passes of a step but the last."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, on its device."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+        value /= world_size()
+    return value
+
+
+def total(*values: float) -> list[float]:
+    """The sum of each number over all processes."""
+    sums = torch.tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def highest(*values: int) -> list[int]:
+    """The highest of each number over all processes."""
+    numbers = torch.tensor(values)
+    if world_size() > 1:
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value in order, in the main one; nothing in the others."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def share(count: int) -> range:
+    """The stretch of range(count) that is this process's; their sizes differ by one at most."""
+    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def launch_command(script: str, *words: str) -> str:
+    """The command line that starts a script as this run was started."""
+    if world_size() == 1:
+        return shlex.join([Path(sys.executable).name, script, *words])
+    if processes_here() < world_size():
+        return f"torchrun (with its options of before, on every machine) {shlex.join([script, *words])}"
+    return shlex.join(["torchrun", "--nproc_per_node", str(processes_here()), script, *words])
