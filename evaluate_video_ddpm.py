@@ -34,6 +34,7 @@ from diffusion.sampler import (
     PRESETS,
     SAMPLERS,
     SPACINGS,
+    branches,
     check_sampler,
     describe_settings,
     forwards_per_clip,
@@ -48,7 +49,7 @@ from evaluation.fvd import I3D, I3D_URL, MIN_FRAMES
 from evaluation.metrics import HIGHER_IS_BETTER, METRICS, Scorer, alexnet_path, missing_for
 from evaluation.protocols import MCVD, PROTOCOLS, differences_from_mcvd
 from evaluation.results import SCORES, PerClipResults, error_by_position, summarise
-from models.video_unet3d import build_model
+from models.video_unet3d import build_model, forward_memory
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.flags import (
     Parser,
@@ -63,10 +64,12 @@ from utils.flags import (
     warn_of_guidance,
 )
 from utils.io import file_sha256, observed_frames, replacing, save_json, save_mp4, side_by_side
+from utils.memory import check_memory, explaining_shortage
 from utils.records import describe_machine
 from utils.video_utils import cross_fade, join_clip, split_clip, to_float, to_uint8
 
 WITHOUT_CHECKPOINT = {"num_frames": 8, "endpoint_context": 2, "frame_stride": 1, "size": 64, "color_mode": "rgb"}
+MEMORY_FLAGS = "--batch_size, --size or --T"
 FPS = 6  # of the animations
 
 
@@ -419,6 +422,14 @@ def evaluate(args: argparse.Namespace) -> None:
     settle(args, checkpoint)
     drop_what_is_missing(args)
     device = resolve_device(args.device)
+    if checkpoint:
+        check_memory(
+            forward_memory(
+                checkpoint["model_config"], args.batch_size * max(map(branches, args.sampling)),
+                args.num_frames - 2 * args.endpoint_context, args.size,
+            ),
+            device, f"--batch_size {args.batch_size} with --T {args.num_frames} and --size {args.size}", MEMORY_FLAGS,
+        )  # fmt: skip
     torch.backends.cudnn.deterministic = True  # a second run gives the same bits on a GPU, too
     videos = choose_videos(args, checkpoint)
     i3d = I3D(args.fvd_weights, device) if "fvd" in args.metrics else None
@@ -462,7 +473,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 2 wrong input, 130 stopped (the same command goes on)."""
     parser = build_parser()
     try:
-        evaluate(parser.parse_args(argv))
+        with explaining_shortage(MEMORY_FLAGS):
+            evaluate(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from diffusion.sampler import (
     PRESETS,
     SAMPLERS,
     SPACINGS,
+    branches,
     check_sampler,
     describe_settings,
     forwards_per_clip,
@@ -27,7 +28,7 @@ from diffusion.sampler import (
     settings_grid,
 )
 from diffusion.schedule import DiffusionSchedule
-from models.video_unet3d import VideoUNet3D, build_model
+from models.video_unet3d import VideoUNet3D, build_model, forward_memory
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.flags import (
     Parser,
@@ -40,7 +41,10 @@ from utils.flags import (
     settle_clip_flags,
 )
 from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
+from utils.memory import check_memory, explaining_shortage
 from utils.video_utils import cross_fade, join_clip, psnr, resize_and_crop, split_clip, to_float, to_gray, to_uint8
+
+MEMORY_FLAGS = "--batch_size, --size or --T"
 
 
 def build_parser() -> Parser:
@@ -246,10 +250,18 @@ def sample(args: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(args.ckpt)
     settings = settle_with_checkpoint(args, checkpoint)
     nfe = forwards_per_clip(checkpoint["diffusion_config"]["timesteps"], settings)
+    device = resolve_device(args.device)
+    at_once = min(args.batch_size, 1 if args.start_images else args.num_clips)
+    check_memory(
+        forward_memory(
+            checkpoint["model_config"], at_once * branches(settings),
+            args.num_frames - 2 * args.endpoint_context, args.size,
+        ),
+        device, f"sampling {at_once} clips with --T {args.num_frames} and --size {args.size}", MEMORY_FLAGS,
+    )  # fmt: skip
     out_dir = Path(args.out_dir)
     refuse_to_overwrite(out_dir, args.overwrite)
     contexts = load_contexts(args, checkpoint)
-    device = resolve_device(args.device)
     model = load_model(args, checkpoint, device)
     clips = len(contexts.start)
 
@@ -280,7 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 2 wrong input."""
     parser = build_parser()
     try:
-        sample(parser.parse_args(argv))
+        with explaining_shortage(MEMORY_FLAGS):
+            sample(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

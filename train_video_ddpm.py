@@ -63,10 +63,13 @@ from utils.flags import (
     resolve_device,
 )
 from utils.io import contact_sheet, enlarge, observed_frames, remove_stale_temporaries, save_mp4, save_png
+from utils.memory import explaining_shortage
+from utils.processes import end_children, loading_process_died
 from utils.records import Records, save_run_description, save_training_curves
 from utils.video_utils import cross_fade, join_clip, psnr, split_clip, to_float, to_uint8
 
 PREVIEW_CLIPS = 8
+MEMORY_FLAGS = "--batch_size (and raise --grad_accum), --size or --T, or pass --activation_checkpointing"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what batch systems send ahead of time
 
 # What a checkpoint was trained as: network, clips, diffusion, and the split. On --resume these may not be changed.
@@ -662,14 +665,23 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = build_parser()
     try:
-        with distributed.only_main_speaks(), distributed.watching_peers():
+        with distributed.only_main_speaks(), distributed.watching_peers(), explaining_shortage(MEMORY_FLAGS):
             return train(*resolve_arguments(parser, argv))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (FloatingPointError, distributed.PeerLostError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    except RuntimeError as error:
+        if not loading_process_died(error):
+            raise
+        parser.exit(
+            1, f"{parser.prog}: a loading process was killed: too little memory for --num_workers, or a video that "
+            "crashes its decoder; --resume goes on from the last save\n",
+        )  # fmt: skip
     except KeyboardInterrupt:
         parser.exit(130, "stopped at once, without saving\n")
+    finally:
+        end_children()  # they outlive a signal, and Python would wait for them
 
 
 if __name__ == "__main__":

@@ -126,6 +126,11 @@ def is_guided(t: int, timesteps: int, guidance_scale: float, guidance_interval: 
     return guidance_scale not in (0, 1) and low <= t / max(1, timesteps - 1) <= high
 
 
+def branches(settings: Mapping[str, Any]) -> int:
+    """How many times the largest forward holds each clip: twice where guidance runs both branches."""
+    return 1 if settings["guidance_scale"] in (0, 1) else 2
+
+
 def forwards_per_clip(timesteps: int, settings: Mapping[str, Any]) -> int:
     """Network forwards (nfe) that one sample costs: one per step, and one more where the step is guided."""
     visited = visited_timesteps(timesteps, settings["steps"], settings["spacing"])

@@ -19,6 +19,9 @@ from models.modules.frame_conv import FrameConv3d
 from models.modules.temporal_attention import sinusoidal_embedding
 
 ATTENTION_HEADS = 4
+# Bytes that a forward without gradients takes at its peak, in those of its largest level's output: 11.7 to 15 measured
+# over sizes, lengths and both widths of benchmarks/bench_training.py, on a CPU.
+PEAK = 15
 LARGEST_NUMBER = 4096  # in a model_config: an absurd one in a foreign checkpoint must not exhaust memory
 
 
@@ -219,6 +222,21 @@ class VideoUNet3D(nn.Module):
                 f"{name}: height and width must be divisible by {self.size_multiple}, "
                 f"as {len(self.down_levels)} levels halve them (got {frames.shape[3]}x{frames.shape[4]})"
             )
+
+
+def forward_memory(model_config: Mapping[str, Any], clips: int, num_middle: int, size: int) -> int:
+    """About the bytes that one forward of sampling needs beside the weights, in float32.
+
+    Args:
+        model_config: of a checkpoint.
+        clips: in the batch, both branches of guidance counted.
+        num_middle: frames M.
+        size: height and width in pixels.
+    """
+    widths = [model_config["base_channels"] * mult for mult in model_config["channel_mults"]]
+    largest = max(width / 4**i for i, width in enumerate(widths))  # a level's channels, by its share of the pixels
+    attention = max((ATTENTION_HEADS * num_middle / 4**i for i in model_config["temporal_attn_levels"]), default=0)
+    return int(4 * clips * num_middle * size**2 * max(PEAK * largest, 4 * attention))  # weights, softmax, and copies
 
 
 def check_architecture(

@@ -93,7 +93,10 @@ def watching_peers() -> Iterator[None]:
         words = " ".join(str(error).split())
         if not dist.is_initialized() or not any(sign in words.lower() for sign in LOSS_OF_PEER):
             raise
-        raise PeerLostError(f"process {rank()} of {world_size()} lost another one ({words[-160:]})") from error
+        raise PeerLostError(
+            f"process {rank()} of {world_size()} ends, as another one is gone; what was saved is whole, and the same "
+            "torchrun command with --resume goes on from it"
+        ) from error
 
 
 def take_turns(prepare: Callable[[], Result]) -> Result:
