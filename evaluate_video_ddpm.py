@@ -256,7 +256,7 @@ def read_clip(video: Video, first: int, args: argparse.Namespace) -> Tensor | st
 
 def model_methods(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> list[Method]:
     """The checkpoint's network under every combination of the sampler's flags."""
-    model = build_model(checkpoint["model_config"])
+    model = build_model(checkpoint["model_config"], "meta")
     load_weights(model, checkpoint["model" if args.use_raw_model else "ema"], args.ckpt)
     model = model.to(device).lay_out().eval()
     diffusion = checkpoint["diffusion_config"]

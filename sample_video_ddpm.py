@@ -171,7 +171,7 @@ def refuse_to_overwrite(out_dir: Path, overwrite: bool) -> None:
 
 def load_model(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> VideoUNet3D:
     """The network with the checkpoint's averaged (or, if asked, raw) weights, ready to sample."""
-    model = build_model(checkpoint["model_config"])
+    model = build_model(checkpoint["model_config"], "meta")
     load_weights(model, checkpoint["model" if args.use_raw_model else "ema"], args.ckpt)
     model = model.to(device).lay_out().eval()
     return model.compile_for_sampling() if args.compile else model

@@ -37,7 +37,7 @@ from diffusion.loss import validation_sum
 from diffusion.noise import PREVIEW, generator_for
 from diffusion.sampler import sample_middle
 from diffusion.schedule import SCHEDULES, DiffusionSchedule
-from models.video_unet3d import VideoUNet3D, blind_levels, check_architecture
+from models.video_unet3d import VideoUNet3D, blind_levels, check_architecture, forward_memory
 from training.optimisation import (
     autocast,
     choose_amp_dtype,
@@ -49,6 +49,7 @@ from training.optimisation import (
 )
 from training.state import Saver, TrainingState, load_resumable, model_config_of, new_state, restore
 from utils import distributed
+from utils.checkpoint import LIMITS
 from utils.flags import (
     Parser,
     decay,
@@ -63,7 +64,7 @@ from utils.flags import (
     resolve_device,
 )
 from utils.io import contact_sheet, enlarge, observed_frames, remove_stale_temporaries, save_mp4, save_png
-from utils.memory import explaining_shortage
+from utils.memory import check_memory, explaining_shortage
 from utils.processes import end_children, loading_process_died
 from utils.records import Records, save_run_description, save_training_curves
 from utils.video_utils import cross_fade, join_clip, psnr, split_clip, to_float, to_uint8
@@ -264,6 +265,7 @@ def resolve_arguments(
             )
         checkpoint, source = load_resumable(folder)
         stored = {name: value for name, value in checkpoint["args"].items() if name in values}
+        parser.check_stored(stored, source)
         for name in FIXED_FLAGS:
             if name in given and given[name] != stored.get(name):
                 flag = "T" if name == "num_frames" else name
@@ -301,6 +303,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--max_videos must be at least 2, one file for each split (got 1)")
     if args.vis_every and args.vis_steps > args.timesteps:
         raise ValueError(f"--vis_steps must be at most --timesteps {args.timesteps} (got {args.vis_steps})")
+    for name, limit in LIMITS.items():
+        if getattr(args, name) > limit:
+            raise ValueError(
+                f"--{'T' if name == 'num_frames' else name} must be at most {limit} (got {getattr(args, name)})"
+            )
     check_architecture(
         args.base_channels, args.channel_mults, args.res_blocks, args.temporal_attn_levels, args.endpoint_context
     )
@@ -467,6 +474,15 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     amp_dtype = choose_amp_dtype(args, device)
     use_fast_kernels(device)
 
+    model_config = checkpoint["model_config"] if checkpoint else model_config_of(args)
+    if model_config != model_config_of(args):
+        raise ValueError(f"{out_dir / 'last.pt'}: its model_config and its args disagree")
+    check_memory(  # activations that are kept for the backward pass come on top
+        forward_memory(model_config, args.batch_size, args.num_frames - 2 * args.endpoint_context, args.size),
+        device, f"a forward pass of --batch_size {args.batch_size}, --size {args.size}, --T {args.num_frames}",
+        MEMORY_FLAGS,
+    )  # fmt: skip
+
     # data
     workers = min(args.num_workers, max(1, (os.cpu_count() or 1) // distributed.processes_here()))
     train_clips, val_clips = distributed.take_turns(lambda: open_clips(args))
@@ -483,9 +499,6 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
             yield to_float(failures.check(clips, failed, tried).to(device, non_blocking=True))
 
     # model, optimiser, resume
-    model_config = checkpoint["model_config"] if checkpoint else model_config_of(args)
-    if model_config != model_config_of(args):
-        raise ValueError(f"{out_dir / 'last.pt'}: its model_config and its args disagree")
     state = new_state(args, model_config, device, amp_dtype)
     schedule = DiffusionSchedule(args.timesteps, args.beta_schedule).to(device)
     epoch_steps = steps_per_epoch(len(train_clips), args.batch_size * args.grad_accum * args.processes)

@@ -22,7 +22,8 @@ ATTENTION_HEADS = 4
 # Bytes that a forward without gradients takes at its peak, in those of its largest level's output: 11.7 to 15 measured
 # over sizes, lengths and both widths of benchmarks/bench_training.py, on a CPU.
 PEAK = 15
-LARGEST_NUMBER = 4096  # in a model_config: an absurd one in a foreign checkpoint must not exhaust memory
+LARGEST_NUMBER = 4096  # in a model_config: an absurd one in a foreign checkpoint must not exhaust memory or time
+LARGEST_LEVELS, LARGEST_RES_BLOCKS = 12, 64  # likewise: even without weights each module takes time
 
 
 class Level(nn.Module):
@@ -251,8 +252,15 @@ def check_architecture(
     Raises: ValueError: naming the flag, the rule and the value.
     """
     numbers = (base_channels, *channel_mults, res_blocks, *temporal_attn_levels, endpoint_context)
-    if not all(isinstance(number, int) and number <= LARGEST_NUMBER for number in numbers):
-        raise ValueError(f"the network's numbers must be integers of at most {LARGEST_NUMBER} (got {list(numbers)})")
+    if len(numbers) > LARGEST_NUMBER or not all(type(number) is int and number <= LARGEST_NUMBER for number in numbers):
+        raise ValueError(
+            f"the network's numbers must be integers of at most {LARGEST_NUMBER} (got {str(numbers)[:80]})"
+        )
+    if len(channel_mults) > LARGEST_LEVELS or res_blocks > LARGEST_RES_BLOCKS:
+        raise ValueError(
+            f"--channel_mults may be {LARGEST_LEVELS} numbers at most, --res_blocks at most {LARGEST_RES_BLOCKS} "
+            f"(got {len(channel_mults)}, {res_blocks})"
+        )
     if base_channels < 4 or base_channels % ATTENTION_HEADS:
         raise ValueError(f"--base_channels must be a positive multiple of {ATTENTION_HEADS} (got {base_channels})")
     if not channel_mults or min(channel_mults) < 1:
@@ -279,11 +287,12 @@ MODEL_CONFIG_KEYS = frozenset(
 )
 
 
-def build_model(model_config: Mapping[str, Any]) -> VideoUNet3D:
+def build_model(model_config: Mapping[str, Any], device: str = "cpu") -> VideoUNet3D:
     """The one place where a network is made: by training from its flags, by everything else from a checkpoint.
 
     Args:
         model_config: exactly the keys of MODEL_CONFIG_KEYS, the arguments of VideoUNet3D.
+        device: of its weights; "meta" = shapes alone, for weights that a checkpoint holds.
 
     Raises: ValueError: for a missing or unknown key, or a value that cannot be built.
     """
@@ -292,4 +301,5 @@ def build_model(model_config: Mapping[str, Any]) -> VideoUNet3D:
         raise ValueError(f"model_config must have the keys {sorted(MODEL_CONFIG_KEYS)} (differs in {difference})")
     if not all(isinstance(model_config[key], (list, tuple)) for key in ("channel_mults", "temporal_attn_levels")):
         raise ValueError("model_config: channel_mults and temporal_attn_levels must be lists of integers")
-    return VideoUNet3D(**model_config)
+    with torch.device(device):
+        return VideoUNet3D(**model_config)

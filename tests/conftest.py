@@ -32,19 +32,19 @@ def number_of(frame):
     return sum(int(row[int((bit + 0.5) * w / 8)] > 127) << bit for bit in range(8))
 
 
-def write_mp4(path, frames, *, codec="libx264", pix_fmt="yuv420p", rate=10, options=None, pts=None):
-    """Encode [T,H,W,3] with any codec settings; `pts` gives each frame a time in units of 1 / rate."""
+def write_mp4(path, frames, *, codec="libx264", pix_fmt="yuv420p", rate=10, options=None, pts=None, container=None):
+    """Encode [T,H,W,3] with any settings of codec and container; `pts` gives each frame a time in units of 1 / rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=rate)
+    with av.open(str(path), "w", format="mp4", options=container or {}) as file:
+        stream = file.add_stream(codec, rate=rate)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
         stream.options = {"threads": "1", **(options or {})}
         for i, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if pts is not None:
                 frame.pts = pts[i]
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
     return path
 
 

@@ -149,9 +149,19 @@ def test_sound_without_pictures_is_refused(tmp_path):
 
 def test_huge_frames_are_refused_before_decoding(make_mp4, monkeypatch):
     path = make_mp4("a.mp4", count=2)
-    monkeypatch.setattr(video_reader, "MAX_FRAME_PIXELS", 63 * 64)
-    with pytest.raises(ValueError, match="4032 pixels at most .got 64x64"):
+    monkeypatch.setattr(video_reader, "MAX_FRAME_BYTES", 64 * 64 * 3 // 2)
+    assert probe_video(path).frames == 2
+    monkeypatch.setattr(video_reader, "MAX_FRAME_BYTES", 64 * 64 * 3 // 2 - 1)
+    with pytest.raises(ValueError, match="a frame may take 0.0 MiB at most .got 64x64 in yuv420p"):
         probe_video(path)
+
+
+def test_of_an_endless_video_the_beginning_is_used(make_mp4, monkeypatch):
+    path = make_mp4("a.mp4", count=30)
+    monkeypatch.setattr(video_reader, "MAX_DECODED_PIXELS", 20 * 64 * 64 - 1)
+    info = probe_video(path)
+    assert info.frames == 20 and info.damage == "longer than is looked at: its first 20 frames are used"
+    assert [number_of(frame) for frame in read_frames(path, [7, 19], info)] == [7, 19]
 
 
 def test_a_damaged_middle_costs_packets_not_the_file(tmp_path):

@@ -200,11 +200,12 @@ def restore(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Nam
     """Go on where a checkpoint stands; another batch size or number of processes goes on
     at the same clip of the epoch.
 
-    Raises: ValueError: if its weights do not fit its model_config.
+    Raises: ValueError: if its weights, moments or random state do not fit its model_config.
     """
     source = f"{args.out_dir}/last.pt"
     load_weights(state.model, checkpoint["model"], source)
     load_weights(state.ema, checkpoint["ema"], source)
+    check_moments(state, checkpoint, source)
     ours = state.optimizer.state_dict()["param_groups"]  # settings are this command's, moments the checkpoint's
     state.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": ours})
     for parameter, moments in state.optimizer.state.items():  # a run of another memory layout may have saved them
@@ -213,15 +214,36 @@ def restore(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Nam
     if checkpoint["scaler"]:  # that of a run without fp16 is empty
         state.scaler.load_state_dict(checkpoint["scaler"])
     stored = checkpoint["args"]
-    clips_done = checkpoint["step_in_epoch"] * stored["batch_size"] * stored["grad_accum"] * stored.get("processes", 1)
+    clips_done = (
+        checkpoint["step_in_epoch"] * stored["batch_size"] * stored["grad_accum"] * (stored.get("processes") or 1)
+    )
     step_in_epoch = clips_done // (args.batch_size * args.grad_accum * args.processes)
     state.step = checkpoint["step"]
     state.position = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
     state.best_val_loss, state.history = checkpoint["best_val_loss"], checkpoint["history"]
-    sums = [float(state.history["sums"].get(name, 0)) for name in Tally.NAMES]
+    sums = [float(state.history["sums"].get(name) or 0) for name in Tally.NAMES]
     state.tally.values = torch.tensor(sums, dtype=torch.float64, device=state.tally.values.device)
     state.plan = checkpoint["lr_scheduler"]
     torch.set_rng_state(checkpoint["rng"]["torch"])
+
+
+def check_moments(state: TrainingState, checkpoint: dict[str, Any], source: str) -> None:
+    """Raises: ValueError: unless the optimiser's, the scaler's and the random state are those of this network."""
+    moments = checkpoint["optimizer"]["state"]
+    parameters = list(state.model.parameters())
+    fine = not moments or list(moments) == list(range(len(parameters)))
+    for entry, parameter in zip(moments.values(), parameters, strict=False):
+        fine = fine and isinstance(entry, dict) and set(entry) == {"step", "exp_avg", "exp_avg_sq"}
+        fine = fine and all(isinstance(value, Tensor) and value.dtype == torch.float32 for value in entry.values())
+        fine = fine and entry["exp_avg"].shape == entry["exp_avg_sq"].shape == parameter.shape
+        fine = fine and entry["step"].shape == ()
+    if not fine:
+        raise ValueError(f"{source}: the optimizer's state does not fit its model_config")
+    known = set(torch.amp.GradScaler("cpu").state_dict())
+    if checkpoint["scaler"] and (set(checkpoint["scaler"]) != known or None in checkpoint["scaler"].values()):
+        raise ValueError(f"{source}: scaler must hold {', '.join(sorted(known))}")
+    if checkpoint["rng"]["torch"].shape != torch.get_rng_state().shape:
+        raise ValueError(f"{source}: rng['torch'] must be a state of torch's generator")
 
 
 def load_resumable(folder: Path) -> tuple[dict[str, Any], Path]:
@@ -231,13 +253,28 @@ def load_resumable(folder: Path) -> tuple[dict[str, Any], Path]:
     """
     last, previous = folder / "last.pt", folder / "prev.pt"
     try:
-        return load_checkpoint(last), last
+        return load_trained(last), last
     except ValueError as error:
         if not previous.is_file():
             raise
-        checkpoint = load_checkpoint(previous)
+        checkpoint = load_trained(previous)
         print(f"WARNING: {error}: going on from {previous}, step {checkpoint['step']}", file=sys.stderr)
         return checkpoint, previous
+
+
+def load_trained(path: Path) -> dict[str, Any]:
+    """A checkpoint whose weights are those of its model_config.
+
+    Raises: ValueError: naming the file, if it cannot be read or they are not.
+    """
+    checkpoint = load_checkpoint(path)
+    for name in ("model", "ema"):
+        try:
+            model = build_model(checkpoint["model_config"], "meta")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        load_weights(model, checkpoint[name], path)
+    return checkpoint
 
 
 def save(

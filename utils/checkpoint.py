@@ -1,8 +1,12 @@
 """Checkpoints: one dict of tensors and plain Python types, written atomically, read without running code."""
 
+import math
 import pickle
 import shutil
+import struct
 import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +19,95 @@ KEYS = (
     "format", "step", "epoch", "step_in_epoch", "model", "ema", "optimizer", "lr_scheduler", "scaler", "rng",
     "model_config", "diffusion_config", "clip_config", "args", "history", "best_val_loss",
 )  # fmt: skip
-NUMBER, TEXT, LIST = (int, float), str, (list, tuple)
-CONTENTS = {  # what sampling and resuming read, with its type and, for a number, its range
-    "model": {}, "ema": {}, "optimizer": {"state": dict, "param_groups": LIST}, "scaler": {},
-    "rng": {"torch": torch.Tensor}, "history": {"train": LIST, "epochs": LIST, "sums": dict},
-    "lr_scheduler": dict.fromkeys(("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps"), NUMBER),
-    "model_config": {"image_channels": (1, 3), "channel_mults": LIST, "endpoint_context": (1, 4096)},
-    "clip_config": {"num_frames": (3, 65536), "size": (1, 65536), "frame_stride": (1, 65536), "color_mode": TEXT},
-    "diffusion_config": {"timesteps": (1, 100_000), "schedule": TEXT, "noise_offset": NUMBER},
-    "args": {"batch_size": (1, 2**31), "grad_accum": (1, 2**31), "seed": (0, 2**63), "val_ratio": NUMBER},
+# A checkpoint is somebody's word until it is checked: every number has bounds, every tensor the bytes it claims.
+LARGEST_COUNT = 2**53
+LIMITS = {  # of a run's arguments, from 1 each
+    "num_frames": 65536, "size": 65536, "frame_stride": 65536, "endpoint_context": 4096, "timesteps": 100_000,
+    "batch_size": 4096, "grad_accum": 4096,
+}  # fmt: skip
+LARGEST_TREE = 10**7  # values in all: lists that hold themselves many times over are small files, but endless to walk
+# What Python, torch and zipfile raise over damaged or made-up files.
+LOAD_ERRORS = (
+    RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError, AssertionError,
+    ArithmeticError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError,
+)  # fmt: skip
+
+
+def integer(low: int, high: int) -> Callable[[Any], bool]:
+    """Whether a value is an integer in [low, high]."""
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def within(name: str) -> Callable[[Any], bool]:
+    """Whether a value is an integer from 1 to one of LIMITS."""
+    return integer(1, LIMITS[name])
+
+
+def number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def numbers(value: Any) -> bool:
+    """Whether a value is a dict of names to numbers, or to None where there was none."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and (entry is None or type(entry) in (int, float)) for name, entry in value.items()
+    )
+
+
+def pairs(value: Any) -> bool:
+    """Whether a value is a list of pairs of numbers."""
+    return isinstance(value, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(number, pair)) for pair in value
+    )
+
+
+def epochs(value: Any) -> bool:
+    """Whether a value is the history of epochs."""
+    return isinstance(value, list) and all(
+        numbers(entry) and number(entry.get("step")) and number(entry.get("val_loss")) for entry in value
+    )
+
+
+def weights(value: Any) -> bool:
+    """Whether a value is a dict of names to float32 tensors."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(weight, torch.Tensor) and weight.dtype == torch.float32
+        for name, weight in value.items()
+    )
+
+
+def is_a(*kinds: type) -> Callable[[Any], bool]:
+    """Whether a value is of one of these types."""
+    return lambda value: isinstance(value, kinds)
+
+
+def optional(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a value is None, or missing, or what another rule says."""
+    return lambda value: value is None or holds(value)
+
+
+CONTENTS: dict[str, Any] = {  # what sampling and resuming read, and what each value must be
+    "step": integer(0, LARGEST_COUNT), "epoch": integer(0, LARGEST_COUNT), "step_in_epoch": integer(0, LARGEST_COUNT),
+    "best_val_loss": lambda value: type(value) in (int, float) and not math.isnan(value),
+    "model": weights, "ema": weights, "scaler": numbers, "optimizer": {"state": is_a(dict), "param_groups": is_a(list)},
+    "rng": {"torch": lambda value: isinstance(value, torch.Tensor) and value.dtype == torch.uint8},
+    "history": {"train": pairs, "epochs": epochs, "sums": numbers},
+    "lr_scheduler": dict.fromkeys(("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps"), number),
+    "model_config": {
+        "image_channels": lambda value: integer(1, 3)(value) and value != 2, "channel_mults": is_a(list, tuple),
+        "endpoint_context": within("endpoint_context"),
+    },
+    "clip_config": {
+        "num_frames": within("num_frames"), "size": within("size"), "frame_stride": within("frame_stride"),
+        "color_mode": lambda value: isinstance(value, str) and value in ("rgb", "gray"),
+    },
+    "diffusion_config": {"timesteps": within("timesteps"), "schedule": is_a(str), "noise_offset": number},
+    "args": {
+        "batch_size": within("batch_size"), "grad_accum": within("grad_accum"), "seed": integer(0, 2**64),
+        "val_ratio": number, "processes": optional(integer(1, 2**20)), "max_videos": optional(integer(2, 2**31)),
+        "data_root": optional(is_a(str)), "cache_dir": optional(is_a(str)),
+    },
 }  # fmt: skip
 
 
@@ -58,42 +142,69 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError(f"{path}: not a checkpoint of train_video_ddpm.py (it is compressed)")
             damaged = archive.testzip()  # torch does not compare the checksums
         if damaged is not None:
             raise ValueError(f"{path}: damaged checkpoint (wrong checksum of {damaged})")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except LOAD_ERRORS as error:
+        if str(error).startswith(f"{path}: "):
+            raise
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path}: not a checkpoint of train_video_ddpm.py (it has no 'format')")
     if type(state["format"]) is not int or state["format"] != FORMAT:
-        raise ValueError(f"{path}: checkpoint format must be {FORMAT} (got {state['format']!r})")
+        raise ValueError(f"{path}: checkpoint format must be {FORMAT} (got {str(state['format'])[:20]})")
     missing = [key for key in KEYS if key not in state]
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {', '.join(missing)}")
-    for key, entries in CONTENTS.items():
-        if not isinstance(state[key], dict):
-            raise ValueError(f"{path}: in a checkpoint {key} must be a dict")
-        for name, expected in entries.items():
-            if not fits(state[key].get(name), expected):
-                raise ValueError(f"{path}: {key}[{name!r}] is missing or out of range")
+    check_plain(state, path)
+    for key, rule in CONTENTS.items():
+        for name, holds in rule.items() if isinstance(rule, dict) else ((None, rule),):
+            if isinstance(rule, dict) and not isinstance(state[key], dict):
+                raise ValueError(f"{path}: in a checkpoint {key} must be a dict")
+            if not holds(state[key] if name is None else state[key].get(name)):
+                where = key if name is None else f"{key}[{name!r}]"
+                raise ValueError(f"{path}: {where} is missing or out of range")
+    if (state["model_config"]["image_channels"] == 1) != (state["clip_config"]["color_mode"] == "gray"):
+        raise ValueError(f"{path}: its image_channels and its color_mode disagree")
     return state
 
 
-def fits(value: Any, expected: Any) -> bool:
-    """Whether a value is of a type, or, where `expected` is a pair of numbers, an integer between them."""
-    if expected not in (NUMBER, LIST) and isinstance(expected, tuple):
-        return type(value) is int and expected[0] <= value <= expected[1]
-    return isinstance(value, expected)
+def check_plain(state: dict[str, Any], path: Path) -> None:
+    """Refuse what is no tree of plain values, or too large for its file.
+
+    Raises: ValueError: naming the file.
+    """
+    waiting, seen, claimed = [state], 0, 0
+    while waiting:
+        value = waiting.pop()
+        seen += 1
+        if seen > LARGEST_TREE:
+            raise ValueError(f"{path}: a checkpoint may hold {LARGEST_TREE} values at most")
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, torch.Tensor):
+            claimed += value.numel() * value.element_size()
+            if value.layout != torch.strided or not value.is_cpu or claimed > path.stat().st_size:
+                raise ValueError(f"{path}: its tensors claim more than the file holds")
+        elif not isinstance(value, (str, int, float, type(None))):
+            raise ValueError(f"{path}: a checkpoint may not hold a {type(value).__name__}")
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str | Path) -> None:
     """Put weights into a model, whole and fitting.
+
+    A model on the "meta" device, which has shapes alone, takes the tensors themselves: nothing is allocated for a
+    model_config before it was found to be that of the weights.
 
     Raises: ValueError: naming `source` and the first disagreement.
     """
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=next(model.parameters()).is_meta)
     except RuntimeError as error:
         reason = " ".join(str(error).splitlines()[1:2]).strip()
-        raise ValueError(f"{source}: the weights do not fit its model_config ({reason})") from error
+        raise ValueError(f"{source}: the weights do not fit its model_config ({reason[:200]})") from error

@@ -212,6 +212,40 @@ class Parser(argparse.ArgumentParser):
         blank = argparse.Namespace(**dict.fromkeys(vars(self.defaults()), UNSET))
         return {name: value for name, value in vars(self.parse_args(argv, blank)).items() if value is not UNSET}
 
+    def check_stored(self, values: Mapping[str, Any], source: object) -> None:
+        """Hold values that a file brings to the rules of the command line.
+
+        Args:
+            values: by destination; those of no flag are left out.
+            source: the file, for the error.
+
+        Raises: ValueError: naming the file, the flag and the value.
+        """
+        for action in self._actions:
+            if action.dest not in values or values[action.dest] is None and action.default is None:
+                continue
+            value = values[action.dest]
+            if action.nargs in ("+", "*"):
+                fine = isinstance(value, list) and all(self._accepts(action, entry) for entry in value)
+            else:
+                fine = self._accepts(action, value)
+            if not fine:
+                raise ValueError(
+                    f"{source}: its args hold no value for {action.option_strings[0]}: {str(value)[:60]!r}"
+                )
+
+    @staticmethod
+    def _accepts(action: argparse.Action, value: Any) -> bool:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return type(value) is bool
+        if type(value) not in (int, float, str):
+            return False
+        try:
+            parsed = (action.type or str)(str(value))
+        except argparse.ArgumentTypeError:
+            return False
+        return parsed == value and (not action.choices or value in action.choices)
+
     def defaults(self) -> argparse.Namespace:
         """The value of every flag that is not given."""
         return argparse.Namespace(

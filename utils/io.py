@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_IMAGE_PIXELS = 64 * 2**20  # refuse decompression bombs before decoding them
+MAX_IMAGE_PIXELS = 4096 * 4096  # refuse decompression bombs before decoding them: each pixel takes 16 bytes on the way
+# PNG, JPEG, GIF, BMP, TIFF, WebP: Pillow would try some forty formats more, one of which runs a program on the file
+IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
 PREVIEW_PIXELS = 96  # small frames are enlarged to about this
 OBSERVED_COLOUR, GENERATED_COLOUR = (240, 150, 30), (60, 60, 60)  # frame borders on contact sheets
 
@@ -28,23 +33,48 @@ def read_image(path: str | Path) -> Tensor:
 
     Raises: ValueError: naming the file, if it is missing, too large or not an image.
     """
-    path = Path(path).resolve()
-    if not path.is_file():
-        raise ValueError(f"{path}: no such image file")
+    path = Path(path).absolute()
+    if not path.is_file():  # a FIFO or device would block for ever
+        raise ValueError(f"{path}: no such image file" if not path.exists() else f"{path}: not a regular file")
     try:
+        with path.open("rb") as file:
+            if not file.read(4).startswith(IMAGE_STARTS):
+                raise ValueError("neither PNG, JPEG, GIF, BMP, TIFF nor WebP")
+        pixels = decode_image(path)
+    except IMAGE_ERRORS as error:  # all that Pillow raises for one damage or another
+        raise ValueError(f"{path}: not a readable image ({reason_in(error)})") from error
+    if pixels.ndim == 2:
+        return torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
+    image = torch.empty(3, *pixels.shape[:2], dtype=torch.uint8)
+    for i, row in enumerate(pixels):  # row by row, as 16-bit copies of a large image would fill the memory
+        rgb, alpha = np.split(row.astype(np.uint16), [3], axis=1)
+        image[:, i] = torch.from_numpy(((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8).T)
+    return image
+
+
+def decode_image(path: Path) -> np.ndarray:
+    """The first picture of a file, turned upright: uint8 [H,W,4] with alpha, or [H,W] where it has 16-bit gray.
+
+    Raises: ValueError: if it has too many pixels; IMAGE_ERRORS if it is damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's on large images: the bound below is lower; and on odd metadata
         with iio.imopen(path, "r", plugin="pillow") as image:
-            width, height = image.metadata(index=0)["shape"]
+            found = image.properties(index=0)  # of the header alone, where its metadata would decode a whole PNG
+            height, width = found.shape[:2]
             if width * height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{path}: an image may have {MAX_IMAGE_PIXELS} pixels at most (got {width}x{height})")
-            if image.properties(index=0).dtype == np.uint16:
-                gray = (image.read(index=0, rotate=True) >> 8).astype(np.uint8)
-                return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
-            rgba = image.read(index=0, mode="RGBA", rotate=True).astype(np.uint16)  # [H,W,4]
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
-        raise ValueError(f"{path}: not a readable image ({type(error).__name__})") from error
-    rgb, alpha = rgba[..., :3], rgba[..., 3:]
-    over_white = (rgb * alpha + 255 * (255 - alpha) + 127) // 255
-    return torch.from_numpy(over_white.astype(np.uint8)).permute(2, 0, 1).contiguous()
+                raise ValueError(f"an image may have {MAX_IMAGE_PIXELS} pixels at most, got {width}x{height}")
+            if found.dtype == np.uint16:
+                return (image.read(index=0, rotate=True) >> 8).astype(np.uint8)
+            return image.read(index=0, mode="RGBA", rotate=True)
+
+
+def reason_in(error: BaseException) -> str:
+    """What went wrong, in one line: the words of the error that came first."""
+    while error.__cause__ is not None:  # imageio speaks of a missing plugin, whatever it was
+        error = error.__cause__
+    words = str(error).splitlines() or [""]
+    return words[0] if type(error) is ValueError else f"{type(error).__name__}: {words[0]}"
 
 
 def frames_last(clip: Tensor) -> np.ndarray:

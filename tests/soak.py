@@ -1,0 +1,629 @@
+"""Try to break training and loading, for as long as you like, and count the outcomes.
+
+    python tests/soak.py kill --count 200        kill -9 at random instants of training: nothing lost, the same weights
+    python tests/soak.py stop --count 50         SIGTERM at random steps: exit status 143, the same weights
+    python tests/soak.py hostile                 every hostile file of tests/hostile.py: outcome, memory, seconds
+    python tests/soak.py clips --count 10000     a folder with bad files in it: the windows of the good ones alone
+    python tests/soak.py fuzz --count 500        mutated videos, checkpoints and images
+    python tests/soak.py disk                    a disk that is full (needs root, for a tmpfs)
+
+Exit status 1 if a promise was broken. The test suite runs the same functions with small counts.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS_PER_FILE = 10
+MEMORY_PER_FILE = 300 * 10**6  # bytes of growth
+TINY = [
+    "--size", "16", "--base_channels", "12", "--channel_mults", "1", "2", "--res_blocks", "1",
+    "--temporal_attn_levels", "1", "--batch_size", "2", "--num_workers", "0", "--vis_steps", "2", "--lr", "1e-3",
+]  # fmt: skip
+
+
+# --- one file, in a process of its own that may crash or hang ---------------------------------------------------------
+
+
+def look_at_video(path):
+    """What training does with a file: find out what is in it, and cut a clip."""
+    from data.kinetics_video_dataset import DecodedFrames, Video, VideoClipDataset, probe_or_reason
+
+    info, reason = probe_or_reason(path)
+    if info is not None and info.frames < 8:
+        reason = f"{info.frames} frames"
+    if reason:
+        return f"refused: {reason}"
+    video = Video(str(path), path.name, info, "")
+    settings = {"num_frames": 8, "frame_stride": 1, "seed": 0, "random_window": True}
+    read = VideoClipDataset([video], DecodedFrames(64, "rgb"), **settings)[0, 0]
+    if read.clip is None:
+        return f"refused: {read.failures[0]}"
+    return f"completed: {info.frames} frames{', ' + info.damage if info.damage else ''}"
+
+
+def look_at_image(path):
+    """What sampling does with a start image."""
+    from utils.io import read_image
+    from utils.video_utils import resize_and_crop
+
+    try:
+        image = read_image(path)
+        return f"completed: {tuple(resize_and_crop(image, 64).shape)} of {tuple(image.shape)}"
+    except ValueError as error:
+        return f"refused: {error}"
+
+
+def look_at_checkpoint(path):
+    """What sampling from it and going on with it come to, in a folder of its own with images and clips beside it."""
+    import sample_video_ddpm
+    import train_video_ddpm
+
+    images = [str(path.parent / "image.png")] * 2
+    run = path.with_suffix("")
+    run.mkdir()
+    shutil.copyfile(path, run / "last.pt")
+    flags = ["--ckpt", path, "--start_images", *images, "--end_images", *images, "--out_dir", run / "sample"]
+    outcomes = []
+    for main, words in (
+        (sample_video_ddpm.main, [*flags, "--steps", "1", "--device", "cpu"]),
+        (train_video_ddpm.main, ["--out_dir", run, "--resume", "--max_steps", "3", "--device", "cpu"]),
+    ):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                status = main(list(map(str, words))) or 0
+            except SystemExit as stop:
+                status = stop.code
+        lines = said.getvalue().strip().splitlines() or [""]
+        refused = status in (1, 2) and "Traceback" not in said.getvalue()  # 1: its weights are diverged
+        outcomes.append("completed" if status == 0 else f"refused: {lines[-1]}" if refused else f"exit {status}")
+    shutil.rmtree(run)
+    return f"{outcomes[0].split(':')[0]}, resume {outcomes[1]}"
+
+
+LOOKS = {"video": look_at_video, "image": look_at_image, "checkpoint": look_at_checkpoint}
+
+
+def memory(name):
+    """A figure of this process in bytes, of /proc/self/status."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+
+
+def serve(kind):
+    """Look at every file whose path comes in, and answer with the outcome, the seconds and the growth of memory."""
+    import torch
+
+    import sample_video_ddpm  # noqa: F401 - so that no import counts as growth
+    import train_video_ddpm  # noqa: F401
+
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        path = Path(json.loads(line))
+        Path("/proc/self/clear_refs").write_text("5")
+        before, clock = memory("VmRSS"), time.monotonic()
+        try:
+            outcome = LOOKS[kind](path)
+        except Exception as error:  # noqa: BLE001 - this is what must never happen, and is counted
+            outcome = f"TRACEBACK: {type(error).__name__}: {error}"
+        growth = memory("VmHWM") - before
+        answers.write(json.dumps([outcome, time.monotonic() - clock, growth]) + "\n")
+
+
+class Looker:
+    """A process that looks at files, started anew where one makes it crash or hang."""
+
+    def __init__(self, kind, seconds=SECONDS_PER_FILE):
+        self.kind = kind
+        self.seconds = seconds
+        self.process = None
+
+    def __call__(self, path):
+        """The outcome in words, the seconds and the bytes of one file."""
+        if self.process is None:
+            words = [sys.executable, __file__, "serve", self.kind]
+            self.process = subprocess.Popen(
+                words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+            self.ask(None)  # warm up: its imports are not the file's
+        answer = self.ask(path)
+        if answer is None:
+            self.process.kill()
+            status = self.process.wait()
+            self.process = None
+            return ("HANG" if status == -signal.SIGKILL else f"CRASH: status {status}"), self.seconds, 0
+        return tuple(answer)
+
+    def ask(self, path):
+        patience = 120 if path is None else self.seconds
+        self.process.stdin.write(json.dumps(str(path or "/nonexistent")) + "\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], patience)[0]:
+            return None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+
+
+def broken(outcome, seconds=0, growth=0):
+    """Whether an outcome breaks the promise: completed, or refused with a reason, in bounded time and memory."""
+    plain = outcome.startswith(("completed", "refused"))
+    return not plain or "exit" in outcome or seconds > SECONDS_PER_FILE or growth > MEMORY_PER_FILE
+
+
+# --- hostile files ----------------------------------------------------------------------------------------------------
+
+
+def hostile(folder):
+    """Look at every hostile file; returns (name, outcome, seconds, bytes) of each."""
+    import hostile as files
+
+    files.make_videos(folder / "videos")
+    files.make_images(folder / "images")
+    found = []
+    for kind in ("video", "image"):
+        with Looker(kind) as look:
+            for path in sorted((folder / f"{kind}s").iterdir()):
+                if path.suffix.lower() in (".mp4", ".png"):
+                    found.append((path.name, *look(path)))
+    return found
+
+
+# --- mutated files ----------------------------------------------------------------------------------------------------
+
+
+def flip(data, rng):
+    """Some bits turned over."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 3, 30))):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def cut(data, rng):
+    """The beginning alone."""
+    return data[: rng.randrange(len(data))]
+
+
+def splice(data, rng):
+    """A stretch from elsewhere in the file, or of zeros or noise, inserted or in place of another."""
+    start, length = rng.randrange(len(data)), rng.randrange(1, 1 + min(len(data), rng.choice((8, 200, 5000))))
+    source = rng.randrange(len(data))
+    piece = rng.choice((data[source : source + length], bytes(length), rng.randbytes(length)))
+    return data[:start] + piece + data[start + rng.choice((0, length)) :]
+
+
+MUTATIONS = (flip, cut, splice)
+HOSTILE_VALUES = (
+    None, -1, 0, 10**9, 2**31, 2**62, 10**30, 1.5, float("nan"), float("inf"), -1e30, "", "x", "/etc/passwd", [], [1],
+    [10**6] * 3, {}, True, ("a", 1), b"bytes",
+)  # fmt: skip
+
+
+def rezip(data, rng):
+    """A checkpoint whose pickle or a tensor is mutated, with checksums that are right again."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    names = archive.namelist()
+    chosen = rng.choice([name for name in names if name.endswith("data.pkl")] * 3 + names)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as copy:
+        for name in names:
+            content = archive.read(name)
+            copy.writestr(name, rng.choice(MUTATIONS)(content, rng) if name == chosen and content else content)
+    return out.getvalue()
+
+
+def revalue(data, rng):
+    """A checkpoint in which one value, anywhere in it, is another, or gone."""
+    import torch
+
+    state = torch.load(io.BytesIO(data))
+    place = state
+    while True:
+        keys = list(place) if isinstance(place, dict) else range(len(place))
+        key = rng.choice(list(keys))
+        if isinstance(place[key], (dict, list)) and place[key] and rng.random() < 0.9:
+            place = place[key]
+            continue
+        break
+    value = rng.choice([*HOSTILE_VALUES, torch.zeros(3), torch.zeros(1).expand(10**6, 10**6), "delete"])
+    if isinstance(value, str) and value == "delete":
+        del place[key]
+    else:
+        place[key] = value
+    out = io.BytesIO()
+    torch.save(state, out)
+    return out.getvalue()
+
+
+def mp4_bases(folder):
+    """Whole videos of several kinds to mutate."""
+    import hostile as files
+
+    kinds = (files.b_frames, files.another_codec, files.fragmented, files.two_sizes, files.ten_bit)
+    for make in kinds:
+        make(folder / f"{make.__name__}.mp4")
+    return [(folder / f"{make.__name__}.mp4").read_bytes() for make in kinds]
+
+
+def image_bases(folder):
+    """Whole images of several formats to mutate."""
+    import hostile as files
+
+    picture, kinds = files.picture(), ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
+    for kind in kinds:
+        picture.save(folder / kind, format=kind)
+    files.turned_by_exif(folder / "turned")
+    files.palette_with_transparency(folder / "palette")
+    return [(folder / name).read_bytes() for name in (*kinds, "turned", "palette")]
+
+
+def checkpoint_bases(folder):
+    """A tiny checkpoint to mutate, with the image and the clips that trying it needs beside it."""
+    import hostile as files
+    from conftest import moving_square
+
+    import train_video_ddpm
+    from utils.io import save_mp4
+
+    files.picture().save(folder / "image.png")
+    (folder / "videos").mkdir()
+    for i in range(4):
+        save_mp4(folder / "videos" / f"{i}.mp4", moving_square(i, size=16), fps=10)
+    flags = ["--data_root", folder / "videos", "--cache_dir", folder / "cache", "--out_dir", folder / "base"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_video_ddpm.main([*map(str, flags), *TINY, "--max_steps", "2", "--vis_every", "0"])
+    return [(folder / "base" / "last.pt").read_bytes()]
+
+
+FUZZED = {  # kind of file -> its bases, its mutations, its suffix
+    "video": (mp4_bases, MUTATIONS, ".mp4"),
+    "image": (image_bases, MUTATIONS, ".png"),
+    "checkpoint": (checkpoint_bases, (*MUTATIONS, rezip, revalue), ".pt"),
+}
+
+
+def fuzz(kind, count, folder, seed=0):
+    """Try `count` mutated files of a kind; returns the counts of outcomes, and (file, outcome) of broken promises."""
+    bases, mutations, suffix = FUZZED[kind]
+    bases, counts, bad = bases(folder), Counter(), []
+    with Looker(kind) as look:
+        for number in range(count):
+            rng = random.Random(f"{seed} {kind} {number}")
+            mutation = mutations[number % len(mutations)]
+            path = folder / f"{mutation.__name__}_{number}{suffix}"
+            path.write_bytes(mutation(bases[number // len(mutations) % len(bases)], rng))
+            outcome, seconds, growth = look(path)
+            if broken(outcome, seconds, growth):
+                bad.append((path.name, f"{outcome} ({seconds:.1f} s, {growth / 2**20:.0f} MiB)"))
+                counts["BROKEN"] += 1
+            else:
+                counts[" ".join(outcome.split(":")[:2])[:40] if kind == "checkpoint" else outcome.split(":")[0]] += 1
+                path.unlink()
+    return counts, bad
+
+
+# --- training that is killed, stopped, or out of room -----------------------------------------------------------------
+
+
+def make_clips(folder, count=10):
+    """A folder of tiny clips to train on."""
+    from conftest import moving_square
+
+    from utils.io import save_mp4
+
+    folder.mkdir()
+    for i in range(count):
+        save_mp4(folder / f"{i:02d}.mp4", moving_square(i, size=16), fps=10)
+    return folder
+
+
+def start_training(folder, out_dir, *flags):
+    """A training process as a user starts it: from the beginning, or on from its own checkpoint."""
+    words = [sys.executable, "train_video_ddpm.py", "--out_dir", out_dir]
+    if any((out_dir / name).exists() for name in ("last.pt", "prev.pt")):
+        words.append("--resume")
+    else:
+        words += ["--data_root", folder / "clips", "--cache_dir", folder / "cache", *TINY, "--epochs", "99"]
+        words += ["--vis_every", "0", "--log_every", "1", *flags]
+    with out_dir.with_suffix(".log").open("a") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=log, stderr=log, env=environment)
+
+
+def steps_saved(out_dir):
+    """Of the checkpoint that --resume would take, 0 where there is none yet; None if it cannot be read."""
+    from training.state import load_resumable
+
+    if not any((out_dir / name).exists() for name in ("last.pt", "prev.pt")):
+        return 0
+    try:
+        return load_resumable(out_dir)[0]["step"]
+    except ValueError:
+        return None
+
+
+def same(a, b):
+    """Bitwise equality of nested checkpoints."""
+    import torch
+
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def same_end(one, other):
+    """Whether two runs ended in the same weights, averages, moments and history, bit for bit."""
+    from utils.checkpoint import load_checkpoint
+
+    a, b = (load_checkpoint(folder / "last.pt") for folder in (one, other))
+    return all(same(a[key], b[key]) for key in ("step", "model", "ema", "optimizer", "history", "best_val_loss"))
+
+
+def kill(count, folder, seed=0, steps=24):
+    """kill -9 after a random time, again and again, until each run has come to its end; returns the counts."""
+    rng, counts = random.Random(seed), Counter(kills=0, runs=0, lost=0, different=0, failed=0)
+    flags = ["--max_steps", steps, "--save_every", 1, "--num_workers", 0]
+    make_clips(folder / "clips")
+    clock = time.monotonic()
+    assert start_training(folder, folder / "straight", *flags).wait() == 0
+    lifetime = time.monotonic() - clock
+    while counts["kills"] < count:
+        out_dir, reached = folder / f"run_{counts['runs']}", 0
+        out_dir.mkdir()
+        while True:
+            process = start_training(folder, out_dir, *flags)
+            try:
+                status = process.wait(rng.uniform(0, lifetime) if counts["kills"] < count else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                counts["kills"] += 1
+                saved = steps_saved(out_dir)
+                counts["lost"] += saved is None or saved < reached
+                counts["in training"] += bool(saved)
+                reached = saved or 0
+                continue
+            counts["failed"] += status != 0
+            break
+        counts["runs"] += 1
+        counts["different"] += not same_end(folder / "straight", out_dir)
+        counts["left behind"] += len(list(out_dir.glob(".*.tmp")))
+    counts["fell back to prev.pt"] = sum("going on from" in log.read_text() for log in folder.glob("run_*.log"))
+    return counts
+
+
+def stop(count, folder, seed=0, steps=40, workers=0):
+    """SIGTERM at a random step, again and again, until each run has come to its end; returns the counts."""
+    rng, counts = random.Random(seed), Counter(stops=0, runs=0, status_143=0, different=0, failed=0, tracebacks=0)
+    flags = ["--max_steps", steps, "--num_workers", workers]
+    make_clips(folder / "clips")
+    assert start_training(folder, folder / "straight", *flags).wait() == 0
+    while counts["stops"] < count:
+        out_dir, reached = folder / f"run_{counts['runs']}", 0
+        out_dir.mkdir()
+        while reached < steps:
+            process = start_training(folder, out_dir, *flags)
+            due = reached + rng.randint(1, 12) if counts["stops"] < count else steps + 1
+            while process.poll() is None and steps_written(out_dir) < due:
+                time.sleep(0.01)
+            if due <= steps and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            status = process.wait()
+            reached = steps_saved(out_dir)
+            if reached < steps:
+                counts["stops"] += 1
+                counts["status_143"] += status == 128 + signal.SIGTERM
+            else:
+                counts["failed"] += status != 0
+        counts["runs"] += 1
+        counts["different"] += not same_end(folder / "straight", out_dir)
+    counts["tracebacks"] = sum("Traceback" in log.read_text() for log in folder.glob("run_*.log"))
+    return counts
+
+
+def steps_written(out_dir):
+    """Of the newest whole line of a run's metrics.jsonl."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    return 0
+
+
+def disk(folder, steps=6):
+    """Train on a disk that has room for two checkpoints, not for three; returns what happened.
+
+    Raises: OSError: where a tmpfs cannot be mounted.
+    """
+    room = folder / "room"
+    room.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(room)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        raise OSError("a small disk needs root, for a tmpfs")
+    try:
+        make_clips(folder / "clips")
+        flags = ["--max_steps", steps, "--save_every", 1, "--num_workers", 0]
+        assert start_training(folder, folder / "straight", *flags).wait() == 0
+        out_dir = room / "run"
+        out_dir.mkdir()
+        status = start_training(folder, out_dir, *flags).wait()
+        found = {"status": status, "steps_saved": steps_saved(out_dir)}
+        found["said"] = [line for line in out_dir.with_suffix(".log").read_text().splitlines() if str(room) in line]
+        found["temporaries"] = len(list(out_dir.glob(".*.tmp")))
+        subprocess.run(["mount", "-o", "remount,size=90m", str(room)], check=True)
+        found["status_with_room"] = start_training(folder, out_dir).wait()
+        found["same_end"] = same_end(folder / "straight", out_dir)
+        return found
+    finally:
+        subprocess.run(["umount", str(room)], check=False)
+
+
+# --- many clips, some of them bad -------------------------------------------------------------------------------------
+
+
+class Notes:
+    """A FrameSource that decodes nothing: a clip is the number of its file and those of its frames."""
+
+    def __init__(self, broken=()):
+        self.broken = set(broken)
+
+    def read(self, video, wanted):
+        """See FrameSource."""
+        import torch
+
+        if video.name in self.broken:
+            raise ValueError("broken since it was indexed")
+        return torch.tensor([int(video.name[:5]), *wanted])
+
+
+def clips(count, folder, seed=0, bad_share=0.05, epochs=2):
+    """Index a folder of which a share is bad, and one of the good ones alone, and compare all training windows.
+
+    Then let as many files again break after they were indexed, and compare with the rule by which they are replaced.
+    """
+    from data.kinetics_video_dataset import VideoClipDataset, prepare_videos
+
+    rng = random.Random(seed)
+    whole = make_clips(folder / "whole", 20)
+    bases = sorted(whole.iterdir())
+    bad = set(rng.sample(range(count), round(bad_share * count)))
+    for name in ("mixed", "good"):
+        (folder / name).mkdir()
+    for i in range(count):
+        for name in ("mixed", "good") if i not in bad else ("mixed",):
+            path = folder / name / f"{i:05d}.mp4"
+            data = bases[i % len(bases)].read_bytes()
+            if i not in bad:
+                os.link(bases[i % len(bases)], path)
+            else:
+                path.write_bytes(rng.choice((b"", b"text", data[: len(data) // 2], rng.randbytes(500))))
+    settings = {"span": 8, "val_ratio": 0.05, "seed": 42, "cache_dir": folder / "cache", "log": lambda line: None}
+    clock = time.monotonic()
+    sides = {name: prepare_videos(folder / name, workers=2, **settings) for name in ("mixed", "good")}
+    counts = Counter(files=count, bad=len(bad), seconds=round(time.monotonic() - clock))
+
+    window = {"num_frames": 8, "frame_stride": 1, "seed": 42, "random_window": True}
+    train = {name: VideoClipDataset(sides[name][0], Notes(), **window) for name in sides}
+    keys = [(epoch, i) for epoch in range(epochs) for i in range(len(train["good"]))]
+    counts["windows"] = len(keys)
+    counts["different"] = abs(len(train["good"]) - len(train["mixed"])) + sum(
+        not same(train["good"][key].clip, train["mixed"][key].clip) for key in keys
+    )
+    names = [video.name for video in train["good"].videos]
+    broken = set(rng.sample(names, round(bad_share * len(names))))
+    replacing = VideoClipDataset(sides["good"][0], Notes(broken), **window)
+    for epoch, i in keys:
+        read = replacing[epoch, i]
+        name, start = by_the_rule(42, epoch, i, names, broken, [video.info.frames for video in train["good"].videos])
+        counts["replaced"] += bool(read.failures)
+        counts["replaced_differently"] += read.clip.tolist() != [int(name[:5]), *range(start, start + 8)]
+    return counts
+
+
+def by_the_rule(seed, epoch, i, names, broken, lengths):
+    """The file and the first frame of a clip of 8, by the rule that the README states, written down anew."""
+    draw = lambda words: int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big")  # noqa: E731
+    for attempt in range(8):
+        number = draw(f"{seed},{epoch},{i},{attempt}")
+        chosen = i if attempt == 0 else draw(f"file {number}") % len(names)
+        if names[chosen] not in broken:
+            return names[chosen], (number >> 2) % (lengths[chosen] - 7)
+    raise AssertionError("no file in eight attempts")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def run(what, count, seed, folder):
+    """One of the trials of the module's docstring: prints the counts, and returns whether every promise held."""
+    if what == "kill":
+        counts = kill(count or 200, folder, seed)
+        print(dict(counts))
+        return not any(counts[name] for name in ("lost", "different", "failed", "left behind"))
+    if what == "stop":
+        fine = True
+        for workers in (0, 2):
+            (folder / str(workers)).mkdir()
+            counts = stop(count or 50, folder / str(workers), seed, workers=workers)
+            print(f"{workers} workers:", dict(counts))
+            fine &= counts["stops"] == counts["status_143"]
+            fine &= not any(counts[name] for name in ("different", "failed", "tracebacks"))
+        return fine
+    if what == "hostile":
+        found = hostile(folder)
+        for name, outcome, seconds, growth in found:
+            mark = "BROKEN " if broken(outcome, seconds, growth) else ""
+            print(f"{mark}{name!r}: {outcome} ({seconds:.2f} s, {growth / 1e6:.0f} MB)")
+        print(f"{len(found)} files, at most {max(f[2] for f in found):.2f} s, {max(f[3] for f in found) / 1e6:.0f} MB")
+        return not any(broken(*rest) for _, *rest in found)
+    if what == "clips":
+        counts = clips(count or 10_000, folder, seed)
+        print(dict(counts))
+        return not counts["different"] and not counts["replaced_differently"]
+    if what == "fuzz":
+        fine = True
+        for kind in FUZZED:
+            (folder / kind).mkdir()
+            counts, bad = fuzz(kind, count or 500, folder / kind, seed)
+            print(f"{kind}: {dict(counts.most_common())}")
+            for name, outcome in bad:
+                print(f"    {folder / kind / name}: {outcome}")
+            fine &= not bad
+        return fine
+    found = disk(folder)
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    return found["steps_saved"] == 2 and found["status_with_room"] == 0 and found["same_end"]
+
+
+def main():
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kill", "stop", "hostile", "clips", "fuzz", "disk"))
+    parser.add_argument("--count", type=int, help="how many; None = as in the table above")
+    parser.add_argument("--seed", type=int, default=0, help="of instants and mutations")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="soak_"))
+    clock = time.monotonic()
+    fine = run(args.what, args.count, args.seed, folder)
+    print(f"{'all promises held' if fine else f'BROKEN, see {folder}'}; {time.monotonic() - clock:.0f} s")
+    if fine:
+        shutil.rmtree(folder)
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve(sys.argv[2])
+    else:
+        sys.exit(main())
