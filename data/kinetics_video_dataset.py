@@ -7,6 +7,7 @@ a crash change no clip.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,7 +50,11 @@ def find_videos(root: str | Path) -> list[Path]:
     if not root.is_dir():
         raise ValueError(f"--data_root must be a folder (got {root})")
     found, visited = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+
+    def tell(error: OSError) -> None:
+        print(f"could not look into {error.filename} ({error.strerror})", file=sys.stderr)
+
+    for folder, subfolders, names in os.walk(root, onerror=tell, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited:  # a link to a folder above or beside: do not loop
             subfolders.clear()
@@ -348,7 +353,8 @@ def report(videos: Sequence[Video], span: int) -> list[str]:
         ("usable but damaged", damaged),
     ):
         if names:
-            more = f" and {len(names) - NAMED_IN_REPORT} more" if len(names) > NAMED_IN_REPORT else ""
+            rest = len(names) - NAMED_IN_REPORT
+            more = f" and {rest} more (python data/check_videos.py lists all)" if rest > 0 else ""
             lines.append(f"{title}: {', '.join(names[:NAMED_IN_REPORT])}{more}")
     return lines
 

@@ -233,7 +233,10 @@ def forward_memory(model_config: Mapping[str, Any], clips: int, num_middle: int,
         clips: in the batch, both branches of guidance counted.
         num_middle: frames M.
         size: height and width in pixels.
+
+    Raises: ValueError: as `build_model`.
     """
+    check_model_config(model_config)
     widths = [model_config["base_channels"] * mult for mult in model_config["channel_mults"]]
     largest = max(width / 4**i for i, width in enumerate(widths))  # a level's channels, by its share of the pixels
     attention = max((ATTENTION_HEADS * num_middle / 4**i for i in model_config["temporal_attn_levels"]), default=0)
@@ -296,10 +299,16 @@ def build_model(model_config: Mapping[str, Any], device: str = "cpu") -> VideoUN
 
     Raises: ValueError: for a missing or unknown key, or a value that cannot be built.
     """
+    check_model_config(model_config)
+    with torch.device(device):
+        return VideoUNet3D(**model_config)
+
+
+def check_model_config(model_config: Mapping[str, Any]) -> None:
+    """Raises: ValueError: for a missing or unknown key, or a value that cannot be built."""
     if set(model_config) != MODEL_CONFIG_KEYS:
         difference = sorted(MODEL_CONFIG_KEYS.symmetric_difference(model_config))
         raise ValueError(f"model_config must have the keys {sorted(MODEL_CONFIG_KEYS)} (differs in {difference})")
     if not all(isinstance(model_config[key], (list, tuple)) for key in ("channel_mults", "temporal_attn_levels")):
         raise ValueError("model_config: channel_mults and temporal_attn_levels must be lists of integers")
-    with torch.device(device):
-        return VideoUNet3D(**model_config)
+    check_architecture(**{name: value for name, value in model_config.items() if name != "image_channels"})

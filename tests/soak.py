@@ -358,6 +358,18 @@ def start_training(folder, out_dir, *flags):
         return subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=log, stderr=log, env=environment)
 
 
+def wait_for(holds, seconds):
+    """Look until something holds.
+
+    Raises: TimeoutError: if it does not in so many seconds.
+    """
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.01)
+
+
 def steps_saved(out_dir):
     """Of the checkpoint that --resume would take, 0 where there is none yet; None if it cannot be read."""
     from training.state import load_resumable
@@ -436,8 +448,7 @@ def stop(count, folder, seed=0, steps=40, workers=0):
         while reached < steps:
             process = start_training(folder, out_dir, *flags)
             due = reached + rng.randint(1, 12) if counts["stops"] < count else steps + 1
-            while process.poll() is None and steps_written(out_dir) < due:
-                time.sleep(0.01)
+            wait_for(lambda: process.poll() is not None or steps_written(out_dir) >= due, 300)  # noqa: B023
             if due <= steps and process.poll() is None:
                 process.send_signal(signal.SIGTERM)
             status = process.wait()
@@ -606,13 +617,18 @@ def run(what, count, seed, folder):
     return found["steps_saved"] == 2 and found["status_with_room"] == 0 and found["same_end"]
 
 
-def main():
-    """Entry point; returns the exit status."""
+def build_parser():
+    """Every flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kill", "stop", "hostile", "clips", "fuzz", "disk"))
     parser.add_argument("--count", type=int, help="how many; None = as in the table above")
     parser.add_argument("--seed", type=int, default=0, help="of instants and mutations")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    """Entry point; returns the exit status."""
+    args = build_parser().parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     clock = time.monotonic()
     fine = run(args.what, args.count, args.seed, folder)

@@ -1,6 +1,7 @@
 """Images, videos and checkpoints on disk: exact where they promise it, and never half written."""
 
 import os
+import zipfile
 
 import imageio.v3 as iio
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from data.video_reader import probe_video, read_frames
+from models.video_unet3d import build_model
 from utils import io
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
@@ -219,3 +221,51 @@ def test_weights_of_another_network_are_refused():
         load_weights(model, {"weight": torch.zeros(3, 2)}, "last.pt")
     with pytest.raises(ValueError, match="size mismatch"):
         load_weights(model, {"weight": torch.zeros(2, 2), "bias": torch.zeros(3)}, "last.pt")
+
+
+def test_a_checkpoint_is_not_believed(tmp_path):
+    # small files that would take much memory or time if their word were taken for it
+    save_checkpoint(tmp_path / "whole.pt", state())
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "squeezed.pt", "w", 8) as squeezed:
+        for name in whole.namelist():
+            squeezed.writestr(name, whole.read(name))
+    laughs = ["ha"] * 10
+    for _ in range(9):
+        laughs = [laughs] * 10
+    claims = {
+        "expanded": state(model={"w": torch.zeros(1).expand(10**6, 10**6)}),
+        "shapeless": state(model={"w": torch.zeros(10**6, 10**6, device="meta")}),
+        "sparse": state(model={"w": torch.zeros(1000, 1000).to_sparse()}),
+        "halves": state(model={"w": torch.zeros(3, dtype=torch.float16)}),
+        "laughing": state(history={"train": laughs, "epochs": [], "sums": {}}),
+        "endless": state(step=10**30),
+        "nan": state(best_val_loss=float("nan")),
+        "two_colours": state(clip_config=state()["clip_config"] | {"color_mode": "gray"}),
+    }
+    for name, claim in claims.items():
+        save_checkpoint(tmp_path / f"{name}.pt", claim)
+    expected = {
+        "squeezed": "it is compressed", "expanded": "claim more than the file holds", "shapeless": "claim more",
+        "sparse": "claim more", "halves": "model is missing or out of range", "laughing": "10000000 values at most",
+        "endless": "step is missing or out of range", "nan": "best_val_loss is", "two_colours": "color_mode disagree",
+    }  # fmt: skip
+    for name, message in expected.items():
+        with pytest.raises(ValueError, match=f"{name}.pt: .*{message}"):
+            load_checkpoint(tmp_path / f"{name}.pt")
+
+
+def test_a_network_is_not_made_before_it_is_found_to_be_that_of_the_weights(tmp_path):
+    config = {
+        "image_channels": 3, "base_channels": 12, "channel_mults": [1, 2], "res_blocks": 1, "temporal_attn_levels": [1],
+        "endpoint_context": 2,
+    }  # fmt: skip
+    weights = build_model(config).state_dict()
+    vast = build_model(config | {"base_channels": 4096, "channel_mults": [1, 4096]}, "meta")  # 10^16 weights
+    with pytest.raises(ValueError, match="last.pt: the weights do not fit its model_config .size mismatch"):
+        load_weights(vast, weights, "last.pt")
+    for excess in ({"channel_mults": [1] * 13}, {"res_blocks": 65}, {"base_channels": 4100}):
+        with pytest.raises(ValueError, match="at most"):
+            build_model(config | excess, "meta")
+    model = build_model(config, "meta")
+    load_weights(model, weights, "last.pt")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import soak
 import torch
 from conftest import TINY_FLAGS
 from test_bair import record, write
 from test_robot_pushing import can_render
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 import evaluate_video_ddpm
 import sample_video_ddpm
@@ -112,12 +115,44 @@ def test_every_command_of_the_readme_runs_in_order(square_videos, tmp_path):
     assert (tmp_path / "bair/videos_val/traj_0_to_255_0000.mp4").is_file()
 
 
+def test_the_commands_for_several_processes_run(square_videos, tmp_path):
+    found = [shlex.split(block) for block in BLOCKS if block.startswith("torchrun")]
+    one, two = (torchrun_parser().parse_args(words[1:]) for words in found)
+    for command in (one, two):
+        train_video_ddpm.build_parser().parse_args(command.training_script_args)  # flags and values are ours
+        assert command.training_script == "train_video_ddpm.py"
+    assert (one.nproc_per_node, two.nnodes, two.nproc_per_node) == ("4", "2", "8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = {"HOST:29500": f"127.0.0.1:{port}", "8": "1", "/path/to/data_root": str(square_videos)}
+    words = [given.get(word, word) for word in found[1]]
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words[1:], *TINY_FLAGS, "--max_steps", "2"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet_environment(),
+        )
+        for words in ([*words, "--out_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")],) * 2
+    ]  # fmt: skip
+    outputs = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert "2 processes, 4 clips at once" in "".join(outputs) and (tmp_path / "run" / "last.pt").is_file()
+
+
+def test_every_promise_names_a_test_that_exists():
+    promises = README.split("## Reliability")[1].split("## ")[0]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", promises))
+    assert len(named) > 10 and {name for name in named if f"def {name}(" not in tests} == set()
+
+
 def quiet_environment():
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def test_every_flag_named_in_the_readme_exists():
-    known = {option for parser in SCRIPTS.values() for action in parser._actions for option in action.option_strings}
+    parsers = [*SCRIPTS.values(), torchrun_parser(), soak.build_parser()]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     ours = re.sub(r"pip install .*", "", README)
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", ours))
     assert named - known == set()

@@ -200,7 +200,7 @@ def test_a_folder_without_a_usable_file_is_one_clear_error(make_mp4, prepare, tm
         prepare()
     for i in range(22):
         make_mp4(f"{i}.mp4", count=7)
-    with pytest.raises(ValueError, match="0 usable, 22 too short, 0 unreadable; too short .* and 2 more"):
+    with pytest.raises(ValueError, match="0 usable, 22 too short, 0 unreadable; too short .* and 2 more "):
         prepare()
     make_mp4("good.mp4")
     with pytest.raises(ValueError, match="two usable MP4 files, one for validation"):
@@ -383,4 +383,4 @@ def test_reports_name_the_first_few_and_count_the_rest(make_mp4, prepare, tmp_pa
     for i in range(24):
         (tmp_path / "videos" / f"bad{i}.mp4").touch()
     videos = VideoIndex(tmp_path / "videos", tmp_path / "cache").lookup(find_videos(tmp_path / "videos"), 1)
-    assert report(videos, 8)[1].endswith("and 4 more")
+    assert report(videos, 8)[1].endswith("and 4 more (python data/check_videos.py lists all)")

@@ -127,7 +127,10 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], previous: Path | No
         with replacing(path, previous) as file:
             torch.save({"format": FORMAT, **state}, file)
     except (RuntimeError, OSError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        first: BaseException = error
+        while not isinstance(first, OSError) and first.__context__ is not None:  # that writer's own words are obscure
+            first = first.__context__
+        reason = getattr(first, "strerror", None) or str(first).splitlines()[0]
         free = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free" if path.parent.is_dir() else "no folder"
         raise OSError(f"{path} could not be written ({reason}; {free} in {path.parent})") from error
 
@@ -204,7 +207,8 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], sourc
     Raises: ValueError: naming `source` and the first disagreement.
     """
     try:
-        model.load_state_dict(weights, assign=next(model.parameters()).is_meta)
+        # a plain dict, as torch notes "assign" in the metadata of a state dict and would heed it in every later loading
+        model.load_state_dict(dict(weights), assign=next(model.parameters()).is_meta)
     except RuntimeError as error:
         reason = " ".join(str(error).splitlines()[1:2]).strip()
         raise ValueError(f"{source}: the weights do not fit its model_config ({reason[:200]})") from error
