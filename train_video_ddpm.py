@@ -651,7 +651,6 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         raise saver.failure
     if saver.failure:
         raise ValueError(f"--out_dir {out_dir}: the work since the last save is lost, as it could not be written")
-    distributed.leave()
     if not finished():
         name = signal.Signals(stopped_by).name
         print(f"stopped by {name} after step {state.step}; go on with: {resume_command(args)}", flush=True)
@@ -679,7 +678,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     try:
         with distributed.only_main_speaks(), distributed.watching_peers(), explaining_shortage(MEMORY_FLAGS):
-            return train(*resolve_arguments(parser, argv))
+            status = train(*resolve_arguments(parser, argv))
+            distributed.leave()
+            return status
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (FloatingPointError, distributed.PeerLostError) as error:

@@ -347,15 +347,20 @@ def make_clips(folder, count=10):
 
 def start_training(folder, out_dir, *flags):
     """A training process as a user starts it: from the beginning, or on from its own checkpoint."""
-    words = [sys.executable, "train_video_ddpm.py", "--out_dir", out_dir]
+    words = ["--out_dir", out_dir]
     if any((out_dir / name).exists() for name in ("last.pt", "prev.pt")):
         words.append("--resume")
     else:
         words += ["--data_root", folder / "clips", "--cache_dir", folder / "cache", *TINY, "--epochs", "99"]
         words += ["--vis_every", "0", "--log_every", "1", *flags]
-    with out_dir.with_suffix(".log").open("a") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=log, stderr=log, env=environment)
+    return start(list(map(str, words)), out_dir.with_suffix(".log"))
+
+
+def start(words, log):
+    """train_video_ddpm.py with these arguments; what it prints is added to a file."""
+    command = [sys.executable, "train_video_ddpm.py", *words]
+    with log.open("a") as file:
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def wait_for(holds, seconds):

@@ -8,27 +8,34 @@ from pathlib import Path
 import hostile
 import pytest
 import soak
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, Forked
 
 import train_video_ddpm
 from data.kinetics_video_dataset import find_videos, prepare_videos
 
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Training processes of the trials as forks of this one, which take seconds less to start."""
+    monkeypatch.setattr(soak, "start", lambda words, log: Forked(lambda: train_video_ddpm.main(words), log))
+
+
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 
 
-def test_runs_that_are_killed_at_random_instants_end_as_the_undisturbed_one(tmp_path):
-    counts = soak.kill(3, tmp_path, steps=10)
-    assert counts["kills"] == 3 and counts["runs"] >= 1
+def test_runs_that_are_killed_at_random_instants_end_as_the_undisturbed_one(tmp_path, forked):
+    counts = soak.kill(4, tmp_path, steps=8)
+    assert counts["kills"] == 4 and counts["runs"] >= 1
     assert [counts[name] for name in ("lost", "different", "failed", "left behind")] == [0, 0, 0, 0]
 
 
-def test_runs_that_are_stopped_at_random_steps_end_as_the_undisturbed_one(tmp_path):
+def test_runs_that_are_stopped_at_random_steps_end_as_the_undisturbed_one(tmp_path, forked):
     counts = soak.stop(2, tmp_path, steps=16, workers=2)
     assert counts["stops"] >= 2 and counts["status_143"] == counts["stops"]
     assert [counts[name] for name in ("different", "failed", "tracebacks")] == [0, 0, 0]
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, forked):
     try:
         found = soak.disk(tmp_path, steps=4)
     except OSError as error:
@@ -36,7 +43,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
     assert found["status"] == 2 and found["steps_saved"] == 2 and found["temporaries"] == 0
     warnings = [line for line in found["said"] if "WARNING" in line]
     assert len(warnings) >= 2
-    assert all("No space left on device" in line or "file write failed" in line for line in warnings)
+    assert all("No space left on device" in line for line in warnings)
     assert all(f"MiB free in {tmp_path / 'room' / 'run'}" in line for line in warnings)
     assert found["status_with_room"] == 0 and found["same_end"]
 
@@ -82,7 +89,7 @@ def test_training_on_a_folder_of_hostile_files_uses_the_good_and_names_the_bad(t
 
 
 @needs_linux
-@pytest.mark.parametrize(("kind", "count"), [("video", 45), ("image", 45), ("checkpoint", 40)])
+@pytest.mark.parametrize(("kind", "count"), [("video", 45), ("image", 45), ("checkpoint", 30)])
 def test_mutated_files_crash_hang_and_trace_nothing(tmp_path, kind, count):
     counts, bad = soak.fuzz(kind, count, tmp_path)
     assert bad == [] and sum(counts.values()) == count
@@ -120,7 +127,7 @@ def test_files_beyond_those_named_are_listed_by_the_checker(tmp_path):
     assert said[1].endswith("and 2 more (python data/check_videos.py lists all)")
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+def test_a_second_ctrl_c_stops_at_once(tmp_path, forked):
     soak.make_clips(tmp_path / "clips")
     (tmp_path / "run").mkdir()
     # one step of so many batches takes minutes, which the first signal waits for
