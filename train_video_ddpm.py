@@ -471,6 +471,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         out_dir = out_dir / "dry_run"
     if main_process:
         make_out_dir(out_dir, empty=args.dry_run)
+        remove_stale_temporaries(Path(args.cache_dir), untouched=3600)  # half a cache of frames is large
     amp_dtype = choose_amp_dtype(args, device)
     use_fast_kernels(device)
 

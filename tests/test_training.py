@@ -302,8 +302,15 @@ def test_what_a_killed_process_left_behind_is_removed_and_that_of_a_running_one_
     stale, running = (out / f".last.pt.{process}.tmp" for process in (int(gone.stdout), os.getppid()))
     stale.write_bytes(b"half")
     running.write_bytes(b"half")
+    cache = tmp_path / "cache"  # which another machine may be writing to
+    cache.mkdir()
+    old, new = (cache / f".{name}.u8.{int(gone.stdout)}.tmp" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
     run(out, "--data_root", square_videos, "--max_steps", "1", "--vis_every", "0", *TINY_FLAGS)
     assert not stale.exists() and running.exists()
+    assert not old.exists() and new.exists()
 
 
 def test_a_run_is_never_started_over_or_overwritten_silently(square_videos, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -218,11 +219,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_stale_temporaries(folder: Path) -> None:
-    """Delete what `replacing` left behind in processes that were killed; those still running keep theirs."""
+def remove_stale_temporaries(folder: Path, untouched: float = 0.0) -> None:
+    """Delete what processes that were killed left half written; those still running keep theirs.
+
+    Args:
+        folder: where files named .NAME.PROCESS.tmp may be.
+        untouched: seconds for which nobody wrote to a file, where processes of other machines write, too.
+    """
     for path in folder.glob(".*.tmp"):
         process = path.name.split(".")[-2]
-        if process.isdecimal() and not is_running(int(process)):
+        if process.isdecimal() and not is_running(int(process)) and time.time() - path.stat().st_mtime >= untouched:
             path.unlink(missing_ok=True)
 
 
