@@ -5,6 +5,7 @@ command with --resume goes on from there.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -304,10 +305,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.vis_every and args.vis_steps > args.timesteps:
         raise ValueError(f"--vis_steps must be at most --timesteps {args.timesteps} (got {args.vis_steps})")
     for name, limit in LIMITS.items():
-        if getattr(args, name) > limit:
-            raise ValueError(
-                f"--{'T' if name == 'num_frames' else name} must be at most {limit} (got {getattr(args, name)})"
-            )
+        value, flag = getattr(args, name), "T" if name == "num_frames" else name
+        if value is not None and value > limit:
+            raise ValueError(f"--{flag} must be at most {limit} (got {value})")
     check_architecture(
         args.base_channels, args.channel_mults, args.res_blocks, args.temporal_attn_levels, args.endpoint_context
     )
@@ -408,6 +408,15 @@ def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDat
     return train_clips, VideoClipDataset(val_videos, source, random_window=False, **window)
 
 
+@contextlib.contextmanager
+def going_on_without(path: Path) -> Iterator[None]:
+    """Something that a run can do without: if it cannot be written, a line says so."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"WARNING: {path} could not be written ({error.strerror or error})", file=sys.stderr)
+
+
 def make_out_dir(out_dir: Path, empty: bool) -> None:
     """Make the run's folder, without what killed processes left behind in it.
 
@@ -489,7 +498,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     train_clips, val_clips = distributed.take_turns(lambda: open_clips(args))
     named = [[(video.name, video.info.frames) for video in clips.videos] for clips in (train_clips, val_clips)]
     distributed.check_alike("--data_root: the files", hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16])
-    failures = ReadFailures(log=tqdm.write)
+    failures = ReadFailures(log=lambda line: tqdm.write(line, file=sys.stderr))  # every process reads other files
     loading = {
         "num_workers": workers, "collate_fn": collate, "pin_memory": device.type == "cuda",
         "persistent_workers": workers > 0, "worker_init_fn": outlive_first_signal,
@@ -507,7 +516,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         restore(state, checkpoint, args, epoch_steps)
     distributed.check_alike(f"{out_dir / 'last.pt'}: the step", state.step)
     last_position = args.epochs * epoch_steps
-    total_steps = min(last_position, args.max_steps or last_position)
+    # steps done and positions differ once a run went on with other clips per step: the latter say what is left
+    total_steps = min(state.step + max(0, last_position - state.position), args.max_steps or math.inf)
     if args.dry_run:
         total_steps, last_position = state.step + 2, state.position + 2
     state.plan = plan_learning_rate(args, total_steps, state.step, state.plan)
@@ -523,7 +533,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         state.model.compile(dynamic=False)  # in place: the state dict keeps its names
     state.parallel = distributed.averaging_gradients(state.model, device)
     if main_process:
-        save_run_description(out_dir / "run.json", vars(args), device)
+        with going_on_without(out_dir / "run.json"):
+            save_run_description(out_dir / "run.json", vars(args), device)
         records = Records(out_dir, state.step, (args.log_dir or out_dir / "tensorboard") if args.tensorboard else None)
 
     order = ClipBatches(
@@ -564,10 +575,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         if not main_process:
             return {}
         clip, generated, scores, faded_scores = map(torch.cat, zip(*parts, strict=True))
-        try:
+        with going_on_without(stem):
             records.add_sheet(state.step, save_preview(stem, clip, generated, args.endpoint_context))
-        except OSError as error:
-            tqdm.write(f"WARNING: --out_dir {out_dir}: the preview could not be written ({error})", file=sys.stderr)
         return {"psnr": scores.mean().item(), "psnr_cross_fade": faded_scores.mean().item()}
 
     def finish_epoch() -> None:
@@ -589,12 +598,12 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
             if "psnr" in entry:
                 line += f"  middle PSNR {entry['psnr']:.2f} dB (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
             if "psnr" in entry or finished():
-                save_training_curves(out_dir / "training_curves.png", state.history)
+                with going_on_without(out_dir / "training_curves.png"):
+                    save_training_curves(out_dir / "training_curves.png", state.history)
             tqdm.write(line)
             records.add("val", **entry)
         if val_loss < state.best_val_loss:
-            state.best_val_loss = val_loss
-            saver.save_best(state)
+            saver.save_best(state, val_loss)
         saver.save_last(state)
 
     def write_line(clips: int, since: float) -> None:
@@ -637,6 +646,10 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
                 clock, clips_seen = time.perf_counter(), 0
             elif due:
                 saver.save_last(state)
+        if stopped_by and not finished():
+            saver.save_last(
+                state
+            )  # a signal that comes to this process only now, as another's did before, may not end it
     except FloatingPointError as error:
         kept = out_dir / "last.pt"
         good = f"the last good checkpoint is {kept}" if kept.is_file() else "no checkpoint was saved yet"
@@ -646,8 +659,6 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         if main_process:
             records.close()
         stop.restore()
-    if stopped_by and not finished():
-        saver.save_last(state)
     if isinstance(saver.failure, FloatingPointError):
         raise saver.failure
     if saver.failure:

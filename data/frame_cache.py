@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.kinetics_video_dataset import DecodedFrames, Video, reason_of, stamp
+from data.kinetics_video_dataset import DecodedFrames, Video, printable, reason_of, stamp
 from data.video_reader import DECODE_ERRORS
 
 CACHE_VERSION = 1  # part of every cache's name: change it whenever decoding or resizing changes
@@ -109,7 +109,7 @@ class CachedFrames:
                 try:
                     clip = source.read(video, range(video.info.frames))
                 except DECODE_ERRORS as error:  # it changed since it was indexed: the dataset will replace it
-                    tqdm.write(f"could not cache {video.name} ({reason_of(error)})")
+                    tqdm.write(f"could not cache {printable(video.name)} ({reason_of(error)})")
                     return 0
                 memory[starts[i] : starts[i + 1]] = clip.transpose(0, 1).numpy()
                 return video.info.frames

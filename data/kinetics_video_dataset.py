@@ -4,6 +4,7 @@ Everything random here is a function of (seed, epoch, clip number): the number o
 a crash change no clip.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -90,18 +91,20 @@ class VideoIndex:
         self.path = Path(cache_dir) / f"index_{key}.json"
         self.entries: dict[str, list] = {}
         self.assigned: dict[str, dict[str, str]] = {}
+        self.stored: dict[str, Any] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stored = json.loads(self.path.read_text())
             if stored["version"] == INDEX_VERSION:
                 self.entries, self.assigned = stored["entries"], stored["assigned"]
+                self.stored = copy.deepcopy(stored)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass  # no index yet, or a damaged one: it is made anew
         except OSError as error:
             raise ValueError(f"--cache_dir {cache_dir}: cannot be used ({error.strerror})") from error
 
     def save(self) -> None:
-        """Write the index, atomically."""
+        """Write the index, atomically, if it has changed."""
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         content = {
             "version": INDEX_VERSION,
@@ -109,9 +112,12 @@ class VideoIndex:
             "assigned": self.assigned,
             "entries": self.entries,
         }
+        if content == self.stored:
+            return
         try:
             temporary.write_text(json.dumps(content))
             temporary.replace(self.path)
+            self.stored = copy.deepcopy(content)
         except OSError as error:
             raise ValueError(f"--cache_dir {self.path.parent}: cannot be written ({error.strerror})") from error
 
@@ -332,8 +338,9 @@ def fill_empty_side(sides: list[list[Video]], seed: int, assigned: dict[str, str
 
 
 def printable(name: str) -> str:
-    """A file's name as a terminal can show it, whatever bytes it has."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    """A file's name as a terminal can show it on one line, whatever bytes it has."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def report(videos: Sequence[Video], span: int) -> list[str]:
@@ -439,7 +446,7 @@ class VideoClipDataset(Dataset):
             try:
                 return ClipRead(self._cut(video, number), failures)
             except DECODE_ERRORS as error:
-                failures.append(f"{video.name} ({reason_of(error)})")
+                failures.append(f"{printable(video.name)} ({reason_of(error)})")
         return ClipRead(None, failures)
 
     def _cut(self, video: Video, number: int) -> Tensor:

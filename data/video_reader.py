@@ -16,11 +16,14 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from data.mp4_boxes import check_promises
+
 # Refused before decoding: a decoder may keep 16 frames for reference, and loading runs in several processes. This is a
 # frame of 3840x2160 in 8 bits with colours at half the size (4:2:0); in 10 bits it is 2560x1620.
 MAX_FRAME_BYTES = 3840 * 2160 * 3 // 2
 # Of a longer video the beginning is used: 6.9e10 pixels are 18 minutes of 1080p at 30 frames per second.
 MAX_DECODED_PIXELS = 2**36
+MAX_FRAMES = 400_000  # likewise: 3.7 hours at 30 frames per second
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError)
 
 
@@ -59,6 +62,7 @@ class VideoFile:
         path = Path(path).absolute()
         if not path.is_file():  # a FIFO or device would block for ever
             raise ValueError("not a regular file")
+        check_promises(path)
         self.container = av.open(str(path), format="mp4", options={"protocol_whitelist": "file"})
         try:
             if not self.container.streams.video:
@@ -117,9 +121,10 @@ def probe_video(path: str | Path) -> VideoInfo:
     Raises: ValueError: with the reason, if nothing can be decoded; av.FFmpegError or OSError if it cannot be opened.
     """
     with VideoFile(path) as video:
-        rotation, width, height, timestamps, keyframes, beginning = 0, 0, 0, [], [], ""
+        rotation, width, height, timestamps, keyframes, pixels, beginning = 0, 0, 0, [], [], 0, ""
         for frame in video.decode():
-            if len(timestamps) * width * height > MAX_DECODED_PIXELS:
+            pixels += frame.width * frame.height
+            if pixels > MAX_DECODED_PIXELS or len(timestamps) == MAX_FRAMES:
                 beginning = f"longer than is looked at: its first {len(timestamps)} frames are used"
                 break
             if not timestamps:

@@ -3,6 +3,7 @@
 Reads like the figure in the README: stem, down levels, bottleneck, up levels, output.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -290,17 +291,17 @@ MODEL_CONFIG_KEYS = frozenset(
 )
 
 
-def build_model(model_config: Mapping[str, Any], device: str = "cpu") -> VideoUNet3D:
+def build_model(model_config: Mapping[str, Any], device: str | None = None) -> VideoUNet3D:
     """The one place where a network is made: by training from its flags, by everything else from a checkpoint.
 
     Args:
         model_config: exactly the keys of MODEL_CONFIG_KEYS, the arguments of VideoUNet3D.
-        device: of its weights; "meta" = shapes alone, for weights that a checkpoint holds.
+        device: of its weights; "meta" = shapes alone, for weights that a checkpoint holds; None = torch's default.
 
     Raises: ValueError: for a missing or unknown key, or a value that cannot be built.
     """
     check_model_config(model_config)
-    with torch.device(device):
+    with torch.device(device) if device else contextlib.nullcontext():
         return VideoUNet3D(**model_config)
 
 

@@ -111,6 +111,17 @@ def a_billion_frames_promised(path):
     path.write_bytes(whole)
 
 
+def forty_million_frames_of_one_byte(path):
+    whole = bytearray(mp4(path))
+    place = whole.index(b"stsz") + 8  # the size of every sample, and the count
+    whole[place : place + 8] = struct.pack(">II", 1, 40_000_000)
+    chunks = whole.index(b"stsc") + 12  # all in one chunk
+    whole[chunks : chunks + 12] = struct.pack(">III", 1, 40_000_000, 1)
+    times = whole.index(b"stts") + 12
+    whole[times : times + 8] = struct.pack(">II", 40_000_000, 512)
+    path.write_bytes(whole)
+
+
 def box_larger_than_the_file(path):
     whole = bytearray(mp4(path))
     place = whole.index(b"moov") - 4
@@ -255,8 +266,9 @@ GOOD = (  # that a run must use, whatever is odd about them
 )  # fmt: skip
 BAD = (
     zero_bytes, random_bytes, text, png_renamed, gif_renamed, playlist_renamed, hls_renamed, index_cut_off,
-    a_billion_frames_promised, boxes_within_boxes, audio_only, frames_of_8192x8192, too_short,
-    fifo, device, folder, link_to_itself, link_to_nothing, folder_in_a_circle, no_permission,
+    a_billion_frames_promised, forty_million_frames_of_one_byte, boxes_within_boxes, audio_only,
+    frames_of_8192x8192, too_short, fifo, device, folder, link_to_itself, link_to_nothing, folder_in_a_circle,
+    no_permission,
 )  # fmt: skip
 NAMES = ("-leading dash.mp4", "line\nbreak.mp4", "clip:01.mp4", "%d %s.mp4", "umlaut \u00fc \u6f22.MP4", "quote'\".mp4")
 
@@ -313,6 +325,16 @@ def video_renamed(path):
 
 def postscript_renamed(path):
     path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(%pipe%touch /tmp/ran) (w) file\nshowpage\n")
+
+
+def jpeg_of_10000_scans(path):
+    from PIL import Image
+
+    whole = io.BytesIO()
+    Image.new("L", (4096, 4096)).save(whole, format="JPEG", progressive=True)
+    data = whole.getvalue()
+    last = data.rindex(b"\xff\xda")
+    path.write_bytes(data[:-2] + data[last:-2] * 10_000 + data[-2:])
 
 
 def senseless_exif(path):
@@ -377,8 +399,8 @@ GOOD_IMAGES = (
     palette_with_transparency, gray_with_alpha, sixteen_bit_gray, sixteen_bit_colour, one_bit, cmyk, one_pixel, a_line,
 )  # fmt: skip
 BAD_IMAGES = (
-    zero_bytes_image, text_image, cut_image, bomb_of_900_megapixels, bomb_of_64_megapixels, bomb_of_text,
-    video_renamed, postscript_renamed, fifo, device, folder, link_to_itself, link_to_nothing,
+    zero_bytes_image, text_image, cut_image, jpeg_of_10000_scans, bomb_of_900_megapixels, bomb_of_64_megapixels,
+    bomb_of_text, video_renamed, postscript_renamed, fifo, device, folder, link_to_itself, link_to_nothing,
 )  # fmt: skip
 
 

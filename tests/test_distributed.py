@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_video_ddpm
 from data.frame_cache import CachedFrames
+from data.kinetics_video_dataset import DecodedFrames
 from training import state as training_state
 from utils import distributed
 from utils.checkpoint import load_checkpoint
@@ -123,6 +124,26 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_goes_on_alone(une
     assert load_checkpoint(tmp_path / "two" / "last.pt")["args"]["processes"] == 1
 
 
+def test_signals_that_come_one_after_another_disturb_no_save(uneven_videos, tmp_path, monkeypatch):
+    # both processes of a machine get their SIGTERM, but not in the same instant
+    def stop_second(rank, step):
+        if (rank, step) == (1, 4):
+            signal.raise_signal(signal.SIGTERM)
+
+    save_last = training_state.Saver.save_last
+
+    def signalled_in_between(self, state):
+        if distributed.rank() == 0:
+            signal.raise_signal(signal.SIGTERM)
+        save_last(self, state)
+
+    monkeypatch.setattr(training_state.Saver, "save_last", signalled_in_between)
+    common = ["--data_root", uneven_videos, *FLAGS, "--vis_every", 0, "--epochs", 50]  # of five steps
+    statuses, logs, _, _ = train_on(2, tmp_path / "run", *common, "--batch_size", 1, act=stop_second)
+    assert statuses == [143, 143], logs
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_ends_the_other_with_a_clear_line(uneven_videos, tmp_path, killed):
     def die(rank, step):
@@ -134,7 +155,7 @@ def test_a_process_that_is_killed_ends_the_other_with_a_clear_line(uneven_videos
     other = 1 - killed
     assert statuses[killed] == -signal.SIGKILL and statuses[other] == 1 and seconds < 60
     last = logs[other].strip().splitlines()[-1]
-    assert f"process {other} of 2 ends, as another one is gone" in last and "--resume goes on" in last
+    assert f"process {other} of 2 ends, as another one is gone" in last and "--resume goes on from" in last
     assert "Traceback" not in logs[other]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] in (4, 5)
 
@@ -148,6 +169,30 @@ def test_an_error_of_one_process_ends_the_other(uneven_videos, tmp_path):
     statuses, logs, _, seconds = train_on(2, tmp_path / "run", *common, act=fail)
     assert statuses == [1, 2] and seconds < 60
     assert "too many reads failed" in logs[1] and "another one is gone" in logs[0]
+
+
+def test_a_process_that_fails_while_data_is_prepared_ends_the_other(uneven_videos, tmp_path, monkeypatch):
+    def fail_second(*args):
+        if distributed.rank() == 1:
+            raise ValueError("--size needs more memory")
+
+    monkeypatch.setattr(train_video_ddpm, "check_memory", fail_second)
+    statuses, logs, _, seconds = train_on(2, tmp_path / "run", "--data_root", uneven_videos, *FLAGS)
+    assert statuses == [1, 2] and seconds < 60 and "another one is gone" in logs[0]
+
+
+def test_each_process_names_the_bad_files_it_meets(uneven_videos, tmp_path, monkeypatch):
+    read = DecodedFrames.read
+
+    def fail_often(self, video, wanted):
+        if wanted[0] % 3 == 0:
+            raise ValueError("broken")
+        return read(self, video, wanted)
+
+    monkeypatch.setattr(DecodedFrames, "read", fail_often)
+    flags = ["--data_root", uneven_videos, *FLAGS, "--vis_every", 0, "--max_steps", 2, "--batch_size", 4]
+    _, logs, _, _ = train_on(2, tmp_path / "run", *flags)
+    assert all("could not read" in log for log in logs)
 
 
 def test_processes_that_see_other_files_are_refused(uneven_videos, tmp_path, monkeypatch):

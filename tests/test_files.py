@@ -1,6 +1,7 @@
 """Images, videos and checkpoints on disk: exact where they promise it, and never half written."""
 
 import os
+import struct
 import zipfile
 
 import imageio.v3 as iio
@@ -240,18 +241,49 @@ def test_a_checkpoint_is_not_believed(tmp_path):
         "laughing": state(history={"train": laughs, "epochs": [], "sums": {}}),
         "endless": state(step=10**30),
         "nan": state(best_val_loss=float("nan")),
+        "huge": state(best_val_loss=10**400),
+        "sums": state(history={"train": [], "epochs": [], "sums": {"skipped": float("inf")}}),
+        "listed_format": state(),
         "two_colours": state(clip_config=state()["clip_config"] | {"color_mode": "gray"}),
     }
     for name, claim in claims.items():
         save_checkpoint(tmp_path / f"{name}.pt", claim)
+    dag = []
+    for _ in range(40):
+        dag = [dag, dag]
+    torch.save(claims["listed_format"] | {"format": dag}, tmp_path / "listed_format.pt")
+    write_pickle(
+        tmp_path / "bytearray.pt", b"cbuiltins\nbytearray\n\x8a\x05" + struct.pack("<q", 3 * 10**9)[:5] + b"\x85R"
+    )
+    tuples = b"K\x01\x85q\x01"  # t = (t, t), forty times, as the key of a dict
+    for i in range(2, 42):
+        tuples += bytes([ord("h"), i - 1, ord("h"), i - 1, 0x86, ord("q"), i])
+    write_pickle(tmp_path / "tuples.pt", b"}(" + tuples + b"K\x01u")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole:
+        data = next(whole.read(name) for name in whole.namelist() if name.endswith("/data.pkl"))
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "renamed.pt", "w") as renamed:
+        for name in whole.namelist():
+            renamed.writestr(name.replace("/data/0", "/data/a"), whole.read(name))
+    assert b"X\x01\x00\x00\x000" in data
     expected = {
-        "squeezed": "it is compressed", "expanded": "claim more than the file holds", "shapeless": "claim more",
-        "sparse": "claim more", "halves": "model is missing or out of range", "laughing": "10000000 values at most",
+        "squeezed": "it is compressed", "expanded": "claim more than the file holds",
+        "shapeless": "may not contain GLOBAL torch._utils", "sparse": "may not contain GLOBAL torch._utils",
+        "halves": "may not contain GLOBAL torch HalfStorage", "laughing": "10000000 values at most",
+        "huge": "best_val_loss is", "sums": "sums'. is missing or out of range", "listed_format": "format must be 1",
+        "bytearray": "may not contain GLOBAL builtins bytearray", "tuples": "a tuple twice",
+        "renamed": "not a readable checkpoint .UnpicklingError",
         "endless": "step is missing or out of range", "nan": "best_val_loss is", "two_colours": "color_mode disagree",
     }  # fmt: skip
     for name, message in expected.items():
         with pytest.raises(ValueError, match=f"{name}.pt: .*{message}"):
             load_checkpoint(tmp_path / f"{name}.pt")
+
+
+def write_pickle(path, body):
+    """A file of torch.save's form around the opcodes of one value."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + body + b".")
+        archive.writestr("archive/version", "3\n")
 
 
 def test_a_network_is_not_made_before_it_is_found_to_be_that_of_the_weights(tmp_path):

@@ -62,6 +62,7 @@ def test_every_hostile_file_is_used_or_refused_with_a_reason_in_bounded_time_and
     assert all(found[name][0].startswith("completed: 24 frames") for name in hostile.NAMES)
     reasons = {
         "frames_of_8192x8192": "8192x8192", "fifo": "not a regular file", "audio_only": "no video stream",
+        "forty_million_frames_of_one_byte": "got 40000000", "jpeg_of_10000_scans": "200 scans",
         "bomb_of_64_megapixels": "8000x8000", "postscript_renamed": "neither PNG", "too_short": "3 frames",
         "link_to_nothing": "no", "zero_bytes": "InvalidDataError", "bomb_of_text": "too large",
     }  # fmt: skip

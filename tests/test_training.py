@@ -185,6 +185,13 @@ def test_resume_takes_the_arguments_of_the_checkpoint_and_says_what_overrides_th
     assert resumed["step"] == 4 and resumed["args"]["color_mode"] == "gray" and resumed["args"]["batch_size"] == 3
 
 
+def test_what_could_not_be_resumed_is_refused_at_the_start(square_videos, tmp_path, capsys):
+    limits = {"seed": 2**63, "max_videos": 2**31, "batch_size": 4096, "noise_offset": 100, "timesteps": 100_000}
+    for flag, limit in limits.items():
+        run(tmp_path / "a", "--data_root", square_videos, *TINY_FLAGS, f"--{flag}", limit + 1, status=2)
+        assert f"--{flag} must be at most {limit} (got {limit + 1}" in capsys.readouterr().err
+
+
 def test_flags_that_contradict_the_checkpoint_are_refused_with_both_values(square_videos, tmp_path, capsys):
     out = run(tmp_path / "a", "--data_root", square_videos, "--max_steps", "1", "--vis_every", "0", *TINY_FLAGS)
     changes = {
@@ -284,6 +291,44 @@ def test_a_full_disk_costs_a_line_and_the_attempt_but_not_the_run(square_videos,
     assert load_checkpoint(out / "last.pt")["step"] == 2 and load_checkpoint(out / "prev.pt")["step"] == 1
 
 
+def test_a_disk_that_is_full_throughout_costs_lines_alone(square_videos, tmp_path, capsys, monkeypatch):
+    # not only checkpoints: run.json, metrics.jsonl, previews and curves are written, too
+    flags = ["--data_root", square_videos, "--epochs", "1", *TINY_FLAGS, "--vis_every", "1"]
+    with interrupted(2):
+        out = run(tmp_path / "a", *flags, status=128 + signal.SIGTERM)
+    before = {name: (out / name).read_bytes() for name in ("last.pt", "metrics.jsonl")}
+
+    def full(*args, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(train_video_ddpm, "save_training_curves", full)
+    capsys.readouterr()
+    run(out, "--resume", status=2)
+    error = capsys.readouterr().err
+    for name in ("run.json", "epoch_0001_sample", "training_curves.png", "last.pt", "best.pt"):
+        assert f"{out / name} could not be written (No space left on device" in error
+    assert "the work since the last save is lost" in error and "Traceback" not in error
+    assert (out / "last.pt").read_bytes() == before["last.pt"]
+    assert (out / "metrics.jsonl").read_bytes().startswith(before["metrics.jsonl"])
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_still_to_be_beaten(square_videos, tmp_path, monkeypatch):
+    save, failed = training.state.save, []
+
+    def fail_once(path, *rest):
+        if path.name == "best.pt" and not failed:
+            failed.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, *rest)
+
+    monkeypatch.setattr(training.state, "save", fail_once)
+    flags = ["--data_root", square_videos, "--epochs", "2", "--vis_every", "0", *TINY_FLAGS, "--lr", "1e-9"]
+    out = run(tmp_path / "a", *flags, "--ema_decay", "0.5")
+    assert failed and load_checkpoint(out / "best.pt")["epoch"] == 2  # no better than the first, but there is no other
+
+
 def test_saves_come_by_the_clock_too(square_videos, tmp_path, monkeypatch):
     now = iter(range(0, 10**6, 40))  # every look at the clock finds it 40 seconds later
     monkeypatch.setattr(training.state, "time", SimpleNamespace(monotonic=lambda: next(now)))
@@ -350,6 +395,21 @@ def test_another_length_on_resume_never_makes_the_learning_rate_jump(total):
     assert rates[40] == pytest.approx(learning_rate(40, before))
     assert learning_rate(total, after) == pytest.approx(0)
     assert plan_learning_rate(args, 100, 40, before) == before  # the same length: the same curve, exactly
+
+
+@pytest.mark.parametrize(("before", "after"), [("2", "4"), ("4", "2")])
+def test_other_clips_per_step_on_resume_change_no_epoch_and_still_end_at_a_rate_of_zero(
+    square_videos, tmp_path, before, after
+):
+    common = ["--data_root", square_videos, "--epochs", "4", "--vis_every", "0", "--log_every", "1", *TINY_FLAGS]
+    stop = 2 * (9 // int(before))  # after two epochs of nine clips
+    with interrupted(stop):
+        out = run(tmp_path / "a", *common, "--batch_size", before, status=128 + signal.SIGTERM)
+    run(out, "--resume", "--batch_size", after)
+    saved = load_checkpoint(out / "last.pt")
+    rest = 2 * (9 // int(after))
+    assert (saved["epoch"], saved["step_in_epoch"], saved["step"]) == (4, 0, stop + rest)
+    assert saved["lr_scheduler"]["total_steps"] == stop + rest
 
 
 def test_another_length_during_warm_up_keeps_the_peak():

@@ -137,9 +137,11 @@ class Saver:
         by_steps = self.args.save_every and step % self.args.save_every == 0
         return bool(by_steps or (self.args.save_minutes and minutes >= self.args.save_minutes))
 
-    def save_best(self, state: TrainingState) -> None:
-        """Write best.pt."""
-        self._save("best.pt", state, None)
+    def save_best(self, state: TrainingState, val_loss: float) -> None:
+        """Write best.pt; if that fails, the best before stays the one to beat."""
+        before, state.best_val_loss = state.best_val_loss, val_loss
+        if self._save("best.pt", state, None):
+            state.best_val_loss = before
 
     def save_last(self, state: TrainingState) -> None:
         """Write last.pt, and keep the one before it as prev.pt."""

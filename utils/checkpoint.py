@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from utils.io import replacing
+from utils.safe_pickle import check_archive
 
 FORMAT = 1
 KEYS = (
@@ -20,10 +21,10 @@ KEYS = (
     "model_config", "diffusion_config", "clip_config", "args", "history", "best_val_loss",
 )  # fmt: skip
 # A checkpoint is somebody's word until it is checked: every number has bounds, every tensor the bytes it claims.
-LARGEST_COUNT = 2**53
-LIMITS = {  # of a run's arguments, from 1 each
+LARGEST_COUNT, LARGEST_NUMBER = 2**53, 2**64
+LIMITS = {  # of a run's arguments
     "num_frames": 65536, "size": 65536, "frame_stride": 65536, "endpoint_context": 4096, "timesteps": 100_000,
-    "batch_size": 4096, "grad_accum": 4096,
+    "batch_size": 4096, "grad_accum": 4096, "max_videos": 2**31, "seed": 2**63, "noise_offset": 100,
 }  # fmt: skip
 LARGEST_TREE = 10**7  # values in all: lists that hold themselves many times over are small files, but endless to walk
 # What Python, torch and zipfile raise over damaged or made-up files.
@@ -44,14 +45,23 @@ def within(name: str) -> Callable[[Any], bool]:
 
 
 def number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a value is a finite number, of a size that any sum with it stays finite."""
+    return type(value) in (int, float) and -LARGEST_NUMBER <= value <= LARGEST_NUMBER
 
 
 def numbers(value: Any) -> bool:
     """Whether a value is a dict of names to numbers, or to None where there was none."""
     return isinstance(value, dict) and all(
-        isinstance(name, str) and (entry is None or type(entry) in (int, float)) for name, entry in value.items()
+        isinstance(name, str) and (entry is None or number(entry)) for name, entry in value.items()
+    )
+
+
+def sums(value: Any) -> bool:
+    """Whether a value is a tally: numbers, of which the last gradient norm alone may be anything."""
+    return (
+        isinstance(value, dict)
+        and numbers({**value, "grad_norm": 0})
+        and isinstance(value.get("grad_norm", 0.0), (int, float))
     )
 
 
@@ -77,6 +87,16 @@ def weights(value: Any) -> bool:
     )
 
 
+def levels(value: Any) -> bool:
+    """Whether a value is a list with an entry for each level of a network, as many as sizes can be halved."""
+    return isinstance(value, (list, tuple)) and 0 < len(value) <= 16
+
+
+def offset(value: Any) -> bool:
+    """Whether a value may be a --noise_offset."""
+    return number(value) and 0 <= value <= LIMITS["noise_offset"]
+
+
 def is_a(*kinds: type) -> Callable[[Any], bool]:
     """Whether a value is of one of these types."""
     return lambda value: isinstance(value, kinds)
@@ -89,23 +109,23 @@ def optional(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 CONTENTS: dict[str, Any] = {  # what sampling and resuming read, and what each value must be
     "step": integer(0, LARGEST_COUNT), "epoch": integer(0, LARGEST_COUNT), "step_in_epoch": integer(0, LARGEST_COUNT),
-    "best_val_loss": lambda value: type(value) in (int, float) and not math.isnan(value),
+    "best_val_loss": lambda value: number(value) or (type(value) is float and value == math.inf),
     "model": weights, "ema": weights, "scaler": numbers, "optimizer": {"state": is_a(dict), "param_groups": is_a(list)},
     "rng": {"torch": lambda value: isinstance(value, torch.Tensor) and value.dtype == torch.uint8},
-    "history": {"train": pairs, "epochs": epochs, "sums": numbers},
+    "history": {"train": pairs, "epochs": epochs, "sums": sums},
     "lr_scheduler": dict.fromkeys(("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps"), number),
     "model_config": {
-        "image_channels": lambda value: integer(1, 3)(value) and value != 2, "channel_mults": is_a(list, tuple),
+        "image_channels": lambda value: integer(1, 3)(value) and value != 2, "channel_mults": levels,
         "endpoint_context": within("endpoint_context"),
     },
     "clip_config": {
         "num_frames": within("num_frames"), "size": within("size"), "frame_stride": within("frame_stride"),
         "color_mode": lambda value: isinstance(value, str) and value in ("rgb", "gray"),
     },
-    "diffusion_config": {"timesteps": within("timesteps"), "schedule": is_a(str), "noise_offset": number},
+    "diffusion_config": {"timesteps": within("timesteps"), "schedule": is_a(str), "noise_offset": offset},
     "args": {
-        "batch_size": within("batch_size"), "grad_accum": within("grad_accum"), "seed": integer(0, 2**64),
-        "val_ratio": number, "processes": optional(integer(1, 2**20)), "max_videos": optional(integer(2, 2**31)),
+        "batch_size": within("batch_size"), "grad_accum": within("grad_accum"), "seed": integer(0, LIMITS["seed"]),
+        "val_ratio": number, "processes": optional(integer(1, 2**20)), "max_videos": optional(within("max_videos")),
         "data_root": optional(is_a(str)), "cache_dir": optional(is_a(str)),
     },
 }  # fmt: skip
@@ -145,8 +165,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError(f"{path}: not a checkpoint of train_video_ddpm.py (it is compressed)")
+            check_archive(archive, path.stat().st_size)
             damaged = archive.testzip()  # torch does not compare the checksums
         if damaged is not None:
             raise ValueError(f"{path}: damaged checkpoint (wrong checksum of {damaged})")
@@ -154,11 +173,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except LOAD_ERRORS as error:
         if str(error).startswith(f"{path}: "):
             raise
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+        reason = str(error)[:120] if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path}: not a checkpoint of train_video_ddpm.py (it has no 'format')")
-    if type(state["format"]) is not int or state["format"] != FORMAT:
-        raise ValueError(f"{path}: checkpoint format must be {FORMAT} (got {str(state['format'])[:20]})")
+    if not integer(FORMAT, FORMAT)(state["format"]):
+        got = state["format"] if number(state["format"]) else type(state["format"]).__name__
+        raise ValueError(f"{path}: checkpoint format must be {FORMAT} (got {got})")
     missing = [key for key in KEYS if key not in state]
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {', '.join(missing)}")
@@ -184,12 +205,10 @@ def check_plain(state: dict[str, Any], path: Path) -> None:
     while waiting:
         value = waiting.pop()
         seen += 1
-        if seen > LARGEST_TREE:
-            raise ValueError(f"{path}: a checkpoint may hold {LARGEST_TREE} values at most")
-        if isinstance(value, dict):
-            waiting += [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple)):
-            waiting += value
+        if isinstance(value, (dict, list, tuple)):
+            if seen + len(waiting) + 2 * len(value) > LARGEST_TREE:
+                raise ValueError(f"{path}: a checkpoint may hold {LARGEST_TREE} values at most")
+            waiting += [*value.keys(), *value.values()] if isinstance(value, dict) else value
         elif isinstance(value, torch.Tensor):
             claimed += value.numel() * value.element_size()
             if value.layout != torch.strided or not value.is_cpu or claimed > path.stat().st_size:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 # vanishes without a word, and for the first look at a large data folder, during which the others wait.
 STEP_TIMEOUT = timedelta(minutes=30)
 PREPARATION_TIMEOUT = timedelta(days=1)
+WAITING_ROOM: list[dist.ProcessGroup] = []  # of the one run of this process
 LOSS_OF_PEER = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo/transport", "nccl")
 
 Result = TypeVar("Result")
@@ -54,7 +55,8 @@ def processes_here() -> int:
 def join(device: torch.device) -> torch.device:
     """Meet the other processes, over NCCL on GPUs and gloo on CPUs; returns the device of this one.
 
-    Raises: ValueError: if this machine has not a GPU for each of its processes, or one was named for all of them.
+    Raises: ValueError: if this machine has not a GPU for each of its processes, one was named for all of them, or they
+        could not meet.
     """
     if world_size() == 1:
         return device
@@ -66,8 +68,12 @@ def join(device: torch.device) -> torch.device:
             raise ValueError(f"--nproc_per_node must be at most {count}, the GPUs of this machine (got {number + 1})")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-    # what is on the CPU, such as a signal that came, never waits for a GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
+    try:
+        # what is on the CPU, such as a signal that came, never waits for a GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
+        WAITING_ROOM[:] = [dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)]
+    except RuntimeError as error:
+        raise ValueError(f"the {world_size()} processes could not meet ({first_words(error)})") from error
     return device
 
 
@@ -90,25 +96,28 @@ def watching_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        words = " ".join(str(error).split())
-        if not dist.is_initialized() or not any(sign in words.lower() for sign in LOSS_OF_PEER):
+        if not dist.is_initialized() or not any(sign in str(error).lower() for sign in LOSS_OF_PEER):
             raise
         raise PeerLostError(
-            f"process {rank()} of {world_size()} ends, as another one is gone; what was saved is whole, and the same "
-            "torchrun command with --resume goes on from it"
+            f"process {rank()} of {world_size()} ends, as another one is gone or cannot be reached; the same torchrun "
+            f"command with --resume goes on from the last save, if there is one (torch says: {first_words(error)})"
         ) from error
+
+
+def first_words(error: Exception) -> str:
+    """The beginning of an error's text, in one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def take_turns(prepare: Callable[[], Result]) -> Result:
     """prepare() by the first process of all, then by the first of every machine, then by those that find it done."""
     if world_size() == 1:
         return prepare()
-    waiting_room = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
     mine = 0 if is_main() else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for turn in range(3):
         if turn == mine:
             result = prepare()
-        dist.barrier(waiting_room)
+        dist.barrier(WAITING_ROOM[0])
     return result
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 MAX_IMAGE_PIXELS = 4096 * 4096  # refuse decompression bombs before decoding them: each pixel takes 16 bytes on the way
 # PNG, JPEG, GIF, BMP, TIFF, WebP: Pillow would try some forty formats more, one of which runs a program on the file
 IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
+MAX_JPEG_SCANS = 200  # each costs a pass over all pixels, and can be 33 bytes; progressive files have about ten
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
 PREVIEW_PIXELS = 96  # small frames are enlarged to about this
 OBSERVED_COLOUR, GENERATED_COLOUR = (240, 150, 30), (60, 60, 60)  # frame borders on contact sheets
@@ -39,8 +40,11 @@ def read_image(path: str | Path) -> Tensor:
         raise ValueError(f"{path}: no such image file" if not path.exists() else f"{path}: not a regular file")
     try:
         with path.open("rb") as file:
-            if not file.read(4).startswith(IMAGE_STARTS):
+            start = file.read(4)
+            if not start.startswith(IMAGE_STARTS):
                 raise ValueError("neither PNG, JPEG, GIF, BMP, TIFF nor WebP")
+            if start.startswith(IMAGE_STARTS[1]) and file.read(2**26).count(b"\xff\xda") > MAX_JPEG_SCANS:
+                raise ValueError(f"a JPEG may have {MAX_JPEG_SCANS} scans at most")
         pixels = decode_image(path)
     except IMAGE_ERRORS as error:  # all that Pillow raises for one damage or another
         raise ValueError(f"{path}: not a readable image ({reason_in(error)})") from error
@@ -86,7 +90,9 @@ def frames_last(clip: Tensor) -> np.ndarray:
 def save_png(path: str | Path, image: Tensor) -> None:
     """Write a uint8 image [C,H,W], C = 1 or 3, losslessly."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
-    iio.imwrite(path, pixels[..., 0] if pixels.shape[2] == 1 else pixels, plugin="pillow", extension=".png")
+    pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    # as bytes first: on a full disk imageio would print a traceback of its own
+    Path(path).write_bytes(iio.imwrite("<bytes>", pixels, plugin="pillow", extension=".png"))
 
 
 def save_gif(path: str | Path, clip: Tensor, fps: float) -> None:

@@ -21,8 +21,10 @@ def free_memory(device: torch.device) -> int | None:
         return None
     try:
         limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        figures = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(figures["inactive_file"]) + int(figures["active_file"])  # is given back when asked for
+        return min(free, int(limit) - int(used) + cached)
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
         return free
 
 

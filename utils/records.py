@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from utils.io import save_json
+from utils.io import replacing, save_json
 
 PACKAGES = (
     "torch", "torchvision", "av", "imageio", "numpy", "tqdm",
@@ -34,7 +34,12 @@ class Records:
     def __init__(self, out_dir: Path, resume_step: int, tensorboard_dir: str | Path | None):
         self.path = out_dir / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if resume_step and self.path.is_file() else []
-        self.path.write_text("".join(f"{line}\n" for line in lines if step_of(line) <= resume_step))
+        kept = "".join(f"{line}\n" for line in lines if step_of(line) <= resume_step)
+        try:
+            with replacing(self.path) as file:
+                file.write(kept.encode())
+        except OSError as error:  # a full disk must not end the run
+            print(f"WARNING: {self.path} could not be written ({error.strerror})", file=sys.stderr)
         self.tensorboard = None
         if tensorboard_dir is not None:
             if find_spec("tensorboard") is None:
