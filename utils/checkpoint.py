@@ -92,6 +92,11 @@ def levels(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and 0 < len(value) <= 16
 
 
+def word(value: Any) -> bool:
+    """Whether a value is a short text."""
+    return isinstance(value, str) and len(value) < 40
+
+
 def offset(value: Any) -> bool:
     """Whether a value may be a --noise_offset."""
     return number(value) and 0 <= value <= LIMITS["noise_offset"]
@@ -122,7 +127,7 @@ CONTENTS: dict[str, Any] = {  # what sampling and resuming read, and what each v
         "num_frames": within("num_frames"), "size": within("size"), "frame_stride": within("frame_stride"),
         "color_mode": lambda value: isinstance(value, str) and value in ("rgb", "gray"),
     },
-    "diffusion_config": {"timesteps": within("timesteps"), "schedule": is_a(str), "noise_offset": offset},
+    "diffusion_config": {"timesteps": within("timesteps"), "schedule": word, "noise_offset": offset},
     "args": {
         "batch_size": within("batch_size"), "grad_accum": within("grad_accum"), "seed": integer(0, LIMITS["seed"]),
         "val_ratio": number, "processes": optional(integer(1, 2**20)), "max_videos": optional(within("max_videos")),
