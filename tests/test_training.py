@@ -16,6 +16,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 from conftest import TINY_FLAGS, moving_square
+from soak import same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_video_ddpm
@@ -38,17 +39,6 @@ def run(out_dir, *flags, status=0):
         result = stop.code
     assert result == status
     return out_dir
-
-
-def same(a, b):
-    """Bitwise equality of nested checkpoints."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def lines(out_dir):
