@@ -647,9 +647,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
             elif due:
                 saver.save_last(state)
         if stopped_by and not finished():
-            saver.save_last(
-                state
-            )  # a signal that comes to this process only now, as another's did before, may not end it
+            saver.save_last(state)  # while our handlers stand: another process's signal may come to this one only now
     except FloatingPointError as error:
         kept = out_dir / "last.pt"
         good = f"the last good checkpoint is {kept}" if kept.is_file() else "no checkpoint was saved yet"

@@ -115,7 +115,10 @@ class CachedFrames:
                 return video.info.frames
 
             with ThreadPoolExecutor(max(1, workers)) as pool:
-                cached = list(tqdm(pool.map(fill, range(len(videos))), "caching", len(videos), disable=None))
+                try:
+                    cached = list(tqdm(pool.map(fill, range(len(videos))), "caching", len(videos), disable=None))
+                finally:
+                    pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the files in hand, not for all
             memory.flush()
             temporary.with_suffix(".json").write_text(json.dumps(cached))
             temporary.with_suffix(".json").replace(counts_path)

@@ -127,9 +127,12 @@ class VideoIndex:
         unknown = [p for p in paths if self.entries.get(self.name(p), [None])[0] != stamps[p]]
         if unknown:
             with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding releases the GIL
-                probes = pool.map(probe_or_reason, unknown)
-                for path, found in zip(unknown, tqdm(probes, "indexing", len(unknown), disable=None), strict=True):
-                    self.entries[self.name(path)] = [stamps[path], *found]
+                try:
+                    probes = pool.map(probe_or_reason, unknown)
+                    for path, found in zip(unknown, tqdm(probes, "indexing", len(unknown), disable=None), strict=True):
+                        self.entries[self.name(path)] = [stamps[path], *found]
+                finally:
+                    pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the files in hand, not for the folder
             self.save()
         videos, shared = [], {}
         for path in paths:
