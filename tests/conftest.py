@@ -1,11 +1,6 @@
 """Shared makings: MP4 files whose pictures say their own frame number, and a tiny dataset and training run."""
 
 import os
-import signal
-import subprocess
-import sys
-import time
-import traceback
 
 import av
 import numpy as np
@@ -75,49 +70,6 @@ def moving_square(seed, frames=14, size=32):
         frame[y : y + side, x : x + side] = (250, 200, 60)
         place = place + speed
     return torch.from_numpy(clip).permute(3, 0, 1, 2)
-
-
-class Forked:
-    """A child of this process that runs a function, with the methods of subprocess.Popen: it need not import torch."""
-
-    def __init__(self, function, log):
-        self.status = None
-        file = log.open("a", buffering=1)
-        self.pid = os.fork()
-        if self.pid == 0:
-            sys.stdout = sys.stderr = file
-            for number in (signal.SIGINT, signal.SIGTERM):  # as in a fresh process, whatever pytest made of them
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            try:
-                status = function()
-            except SystemExit as stop:
-                status = stop.code
-            except BaseException:
-                traceback.print_exc()
-                status = 1
-            sys.stdout.flush()
-            os._exit(status)
-
-    def poll(self):
-        if self.status is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if done else None
-        return self.status
-
-    def wait(self, timeout=None):
-        end = time.monotonic() + (100 if timeout is None else timeout)
-        while self.poll() is None:
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired("a forked process", timeout)
-            time.sleep(0.005)
-        return self.status
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)
