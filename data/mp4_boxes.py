@@ -53,4 +53,4 @@ def promised(file: BinaryIO, kind: bytes, start: int, end: int) -> int:
     flags, first, second = struct.unpack(">III", file.read(12))
     if kind == b"stsz":  # first = the size of every sample, 0 = a table of them follows
         return second if first else 0
-    return 0 if flags & SIZES_FOLLOW else first
+    return max(0, first - (end - start) // 4) if flags & SIZES_FOLLOW else first

@@ -122,6 +122,13 @@ def forty_million_frames_of_one_byte(path):
     path.write_bytes(whole)
 
 
+def fragment_of_two_hundred_million_frames(path):
+    whole = bytearray(mp4(path, container={"movflags": "frag_keyframe+empty_moov"}))
+    place = whole.index(b"trun") + 8
+    whole[place : place + 4] = struct.pack(">I", 200_000_000)
+    path.write_bytes(whole)
+
+
 def box_larger_than_the_file(path):
     whole = bytearray(mp4(path))
     place = whole.index(b"moov") - 4
@@ -266,7 +273,8 @@ GOOD = (  # that a run must use, whatever is odd about them
 )  # fmt: skip
 BAD = (
     zero_bytes, random_bytes, text, png_renamed, gif_renamed, playlist_renamed, hls_renamed, index_cut_off,
-    a_billion_frames_promised, forty_million_frames_of_one_byte, boxes_within_boxes, audio_only,
+    a_billion_frames_promised, forty_million_frames_of_one_byte,
+    fragment_of_two_hundred_million_frames, boxes_within_boxes, audio_only,
     frames_of_8192x8192, too_short, fifo, device, folder, link_to_itself, link_to_nothing, folder_in_a_circle,
     no_permission,
 )  # fmt: skip

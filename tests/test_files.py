@@ -165,6 +165,13 @@ def test_a_checkpoint_comes_back_as_it_was_and_holds_only_plain_types(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_a_run_that_once_had_a_vast_loss_can_still_be_loaded(tmp_path):
+    history = {"train": [[1, 1e30]], "epochs": [{"step": 1, "val_loss": 1e25, "train_loss": None}]}
+    saved = state(history=history | {"sums": {"line_loss": 1e30, "grad_norm": float("inf")}}, best_val_loss=1e25)
+    save_checkpoint(tmp_path / "a.pt", saved)
+    assert load_checkpoint(tmp_path / "a.pt")["history"] == saved["history"]
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", state(step=1))
 

@@ -176,7 +176,15 @@ def test_resume_takes_the_arguments_of_the_checkpoint_and_says_what_overrides_th
 
 
 def test_what_could_not_be_resumed_is_refused_at_the_start(square_videos, tmp_path, capsys):
-    limits = {"seed": 2**63, "max_videos": 2**31, "batch_size": 4096, "noise_offset": 100, "timesteps": 100_000}
+    limits = {
+        "epochs": 2**31,
+        "max_steps": 2**53,
+        "seed": 2**63,
+        "max_videos": 2**31,
+        "batch_size": 4096,
+        "noise_offset": 100,
+        "timesteps": 100_000,
+    }
     for flag, limit in limits.items():
         run(tmp_path / "a", "--data_root", square_videos, *TINY_FLAGS, f"--{flag}", limit + 1, status=2)
         assert f"--{flag} must be at most {limit} (got {limit + 1}" in capsys.readouterr().err

@@ -25,6 +25,7 @@ LARGEST_COUNT, LARGEST_NUMBER = 2**53, 2**64
 LIMITS = {  # of a run's arguments
     "num_frames": 65536, "size": 65536, "frame_stride": 65536, "endpoint_context": 4096, "timesteps": 100_000,
     "batch_size": 4096, "grad_accum": 4096, "max_videos": 2**31, "seed": 2**63, "noise_offset": 100,
+    "epochs": 2**31, "max_steps": 2**53, "warmup_steps": 2**53,
 }  # fmt: skip
 LARGEST_TREE = 10**7  # values in all: lists that hold themselves many times over are small files, but endless to walk
 # What Python, torch and zipfile raise over damaged or made-up files.
@@ -45,8 +46,10 @@ def within(name: str) -> Callable[[Any], bool]:
 
 
 def number(value: Any) -> bool:
-    """Whether a value is a finite number, of a size that any sum with it stays finite."""
-    return type(value) in (int, float) and -LARGEST_NUMBER <= value <= LARGEST_NUMBER
+    """Whether a value is a finite number; an integer may not be one that no float can hold."""
+    return type(value) in (int, float) and (
+        abs(value) <= LARGEST_NUMBER if type(value) is int else math.isfinite(value)
+    )
 
 
 def numbers(value: Any) -> bool:
