@@ -47,9 +47,9 @@ def within(name: str) -> Callable[[Any], bool]:
 
 def number(value: Any) -> bool:
     """Whether a value is a finite number; an integer may not be one that no float can hold."""
-    return type(value) in (int, float) and (
-        abs(value) <= LARGEST_NUMBER if type(value) is int else math.isfinite(value)
-    )
+    if type(value) is int:
+        return abs(value) <= LARGEST_NUMBER
+    return type(value) is float and math.isfinite(value)
 
 
 def numbers(value: Any) -> bool:
