@@ -27,6 +27,7 @@ if __package__ in (None, ""):  # run as a file: Python then looks beside it only
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from training.optimisation import autocast, choose_amp_dtype, optimise, plan_learning_rate, use_fast_kernels
 
 import train_video_ddpm
 from benchmarks.measure import (
@@ -43,7 +44,6 @@ from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise
 from diffusion.noise import TRAIN, generator_for
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import build_model
-from training.optimisation import autocast, choose_amp_dtype, optimise, plan_learning_rate, use_fast_kernels
 from training.state import TrainingState, model_config_of, new_state
 from utils.flags import Parser, positive_int, resolve_device
 from utils.video_utils import split_clip, to_float

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from utils.records import describe_machine
 
 from utils.flags import Parser, device_name, non_negative_int, nonempty_path, positive_int
 from utils.io import save_json
-from utils.records import describe_machine
 
 
 class Variant(NamedTuple):

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.kinetics_video_dataset import DecodedFrames, Video, printable, reason_of, stamp
+from data.kinetics_video_dataset import DecodedFrames
+from data.video_index import Video, printable, reason_of, stamp
 from data.video_reader import DECODE_ERRORS
+from utils.io import save_json
 
 CACHE_VERSION = 1  # part of every cache's name: change it whenever decoding or resizing changes
 DISK_MARGIN = 2**28  # bytes that a cache leaves free
@@ -29,9 +31,6 @@ class CachedFrames:
 
     Args:
         videos: usable files, all that will be asked for.
-        size: height and width of a frame.
-        color_mode: "rgb" or "gray".
-        cache_dir: where the file is kept.
         workers: files decoded at once while it is made.
 
     Raises: ValueError: if the disk has no room for it.
@@ -40,9 +39,8 @@ class CachedFrames:
     def __init__(self, videos: Sequence[Video], size: int, color_mode: str, cache_dir: str | Path, workers: int = 1):
         self.frame_shape = (1 if color_mode == "gray" else 3, size, size)
         identity = [[os.path.realpath(v.path), *stamp(Path(v.path)), v.info.frames] for v in videos]
-        key = hashlib.blake2b(
-            json.dumps([CACHE_VERSION, identity, size, color_mode]).encode(), digest_size=8
-        ).hexdigest()
+        identity = json.dumps([CACHE_VERSION, identity, size, color_mode]).encode()
+        key = hashlib.blake2b(identity, digest_size=8).hexdigest()
         self.path = Path(cache_dir) / f"frames_{key}.u8"
         counts_path = self.path.with_suffix(".json")
         total = sum(video.info.frames for video in videos)
@@ -120,8 +118,7 @@ class CachedFrames:
                 finally:
                     pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the files in hand, not for all
             memory.flush()
-            temporary.with_suffix(".json").write_text(json.dumps(cached))
-            temporary.with_suffix(".json").replace(counts_path)
+            save_json(counts_path, cached)
             temporary.replace(self.path)
             return cached
         finally:

@@ -7,7 +7,6 @@ cross-fade shows every moving thing twice, half transparent.
 import math
 import os
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from utils.io import save_mp4
 
 SIZE, FRAMES, FPS = 64, 30, 10
 TRAIN_CLIPS, VAL_CLIPS = 240, 24
@@ -26,15 +27,10 @@ PALETTE = np.array(
 )
 
 
-def make_synthetic_videos(root: str | Path, save_clip: Callable[[Path, Tensor, int], None], workers: int = 1) -> Path:
-    """Render the dataset below `root` unless it is there already.
+def make_synthetic_videos(root: str | Path, workers: int = 1) -> Path:
+    """Render the dataset below `root` unless it is there already, so many clips at once.
 
-    Args:
-        root: folder for data sets; this one gets a folder of its own, with train/ and val/.
-        save_clip: writes a uint8 clip [3,T,H,W] at so many frames per second.
-        workers: clips rendered at once.
-
-    Returns: the dataset's folder.
+    Returns: the dataset's folder, with train/ and val/.
     Raises: ValueError: if it cannot be written.
     """
     folder = Path(root) / f"synthetic_push_v{RENDER_VERSION}"
@@ -45,7 +41,7 @@ def make_synthetic_videos(root: str | Path, save_clip: Callable[[Path, Tensor, i
 
     def make(job: tuple[str, int]) -> None:
         side, i = job
-        save_clip(temporary / side / f"{i:05d}.mp4", render_clip(i if side == "train" else 1_000_000 + i), FPS)
+        save_mp4(temporary / side / f"{i:05d}.mp4", render_clip(i if side == "train" else 1_000_000 + i), FPS)
 
     try:
         for side in ("train", "val"):

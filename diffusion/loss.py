@@ -43,9 +43,6 @@ def sample_training_noise(
 
     Args:
         middle: clean middle frames, [B,C,M,H,W]; only its shape and device count.
-        timesteps: length of the noise schedule; t is uniform over [0, timesteps).
-        generator: source of all three draws.
-        cfg_drop_prob: chance per clip of dropping both contexts.
         noise_offset: standard deviation of a constant added to eps per clip and channel; 0 = none.
         part: which part of the draw is `middle`'s, and how many parts there are.
     """
@@ -88,10 +85,8 @@ def diffusion_loss(
 
     Args:
         model: called as model(x_t, t, start_context, end_context) -> v.
-        schedule: gives x_t and v their meaning.
-        start_context: [B,C,K,H,W] in [-1, 1]; zeros for a dropped clip.
+        start_context: [B,C,K,H,W] in [-1, 1], as end_context; zeros for a dropped clip.
         middle: the x0 to predict, [B,C,M,H,W] in [-1, 1].
-        end_context: as start_context.
         t: diffusion index per clip, [B] long.
         eps: noise, the shape of `middle`.
         temporal_loss_weight: factor of the L1 between frame differences; 0 = v alone.
@@ -119,13 +114,8 @@ def validation_sum(
     """Losses of a split at fixed, evenly spread t and fixed noise per clip: a function of the weights alone.
 
     Args:
-        model: as in `diffusion_loss`.
-        schedule: likewise.
         parts: the split, or a stretch of it, in order and in batches of any size: start_context, middle, end_context.
         clips: how many the split has; few of them are seen at several t each.
-        seed: of the noise.
-        temporal_loss_weight: as in training.
-        noise_offset: as in training.
         first: number of the clip in the split with which `parts` begins.
 
     Returns: the sum over all pairs of a clip and a t, and their number. Those of the stretches of a split add up, and
@@ -140,8 +130,7 @@ def validation_sum(
             generators = [generator_for(seed, VALIDATION, stratum) for stratum in strata]
             eps = sample_noise(middle.shape[1:], generators, middle.device, noise_offset)
             t = torch.tensor(t, device=middle.device)
-            total += (
-                diffusion_loss(model, schedule, start, middle, end, t, eps, temporal_loss_weight).total.sum().item()
-            )
+            terms = diffusion_loss(model, schedule, start, middle, end, t, eps, temporal_loss_weight)
+            total += terms.total.sum().item()
         seen += len(middle)
     return total, draws * seen

@@ -51,7 +51,6 @@ def sample_noise(
 
     Args:
         shape: of one clip's middle, (C,M,H,W).
-        generators: one per clip.
         device: where the noise is wanted; it is drawn where its generator lives.
         noise_offset: standard deviation of a constant added per clip and channel; 0 = none.
 

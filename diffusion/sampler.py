@@ -1,8 +1,7 @@
 """The one sampling loop: from noise to middle frames, by DDIM or DPM-Solver++(2M), with classifier-free guidance."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,18 +14,6 @@ from diffusion.schedule import DiffusionSchedule
 THRESHOLD_QUANTILE = 0.995
 SAMPLERS = ("ddim", "dpmpp_2m")
 SPACINGS = ("linspace", "quadratic", "trailing")
-# Settings that go together: the reference design's, and the fewest forwards that lose nothing against 100 DDIM steps in
-# PSNR, SSIM and temporal error (measured in the README).
-PRESETS = {
-    "fast": {
-        "sampler": "ddim", "steps": 5, "spacing": "quadratic", "guidance_scale": 1.8, "guidance_interval": (0.3, 0.9),
-        "eta": 0.0,
-    },
-    "reference": {
-        "sampler": "ddim", "steps": 40, "spacing": "linspace", "guidance_scale": 1.8, "guidance_interval": (0.0, 1.0),
-        "eta": 0.0,
-    },
-}  # fmt: skip
 
 
 class Denoiser(Protocol):
@@ -54,9 +41,9 @@ def visited_timesteps(timesteps: int, steps: int, spacing: str = "linspace") -> 
         arXiv:2305.08891, table 2.
     """
     if not 1 <= steps <= timesteps:
-        raise ValueError(f"--steps must lie in [1, {timesteps}], the length of the noise schedule (got {steps})")
+        raise ValueError(f"steps must lie in [1, {timesteps}], the length of the noise schedule (got {steps})")
     if spacing not in SPACINGS:
-        raise ValueError(f"--spacing must be one of {', '.join(SPACINGS)} (got {spacing})")
+        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)} (got {spacing})")
     last = timesteps / steps - 1 if spacing == "trailing" else 0
     visited = torch.linspace(timesteps - 1, last, steps, dtype=torch.float64)
     if spacing == "quadratic":
@@ -65,56 +52,23 @@ def visited_timesteps(timesteps: int, steps: int, spacing: str = "linspace") -> 
     return visited.round().long().tolist()
 
 
-def describe_settings(settings: Mapping[str, Any]) -> str:
-    """A sampler's settings in few words, as "ddim 40 steps, guidance 1.8"."""
-    low, high = settings["guidance_interval"]
-    interval = f" in [{low:g}, {high:g}]" if (low, high) != (0, 1) else ""
-    spacing = f" {settings['spacing']}" if settings["spacing"] != "linspace" else ""
-    eta = f", eta {settings['eta']:g}" if settings["eta"] else ""
-    guidance = f"guidance {settings['guidance_scale']:g}{interval}"
-    return f"{settings['sampler']} {settings['steps']}{spacing} steps, {guidance}{eta}"
-
-
-def settings_grid(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of a script's sampler flags, as keyword arguments of `sample_middle`.
-
-    Args:
-        flags: preset, the keys of a preset, clip_x0 and dynamic_threshold. What of a preset is None comes from the
-            preset; where that is None, too, from "fast" if nothing of a preset is given, else from "reference". Lists
-            are alternatives.
-    """
-    given = {name: flags[name] for name in PRESETS["fast"] if flags[name] is not None}
-    if "guidance_interval" in given:
-        given["guidance_interval"] = tuple(given["guidance_interval"])
-    chosen = flags["preset"] or ("reference" if given else "fast")
-    common = {name: flags[name] for name in ("clip_x0", "dynamic_threshold")}
-    grid: list[dict[str, Any]] = []
-    for preset in [chosen] if isinstance(chosen, str) else chosen:
-        values = PRESETS[preset] | given
-        alternatives = [value if isinstance(value, list) else [value] for value in values.values()]
-        grid += [dict(zip(values, combination, strict=True)) | common for combination in product(*alternatives)]
-    return [settings for i, settings in enumerate(grid) if settings not in grid[:i]]
-
-
-def check_sampler(timesteps: int, settings: Mapping[str, Any]) -> None:
+def check_sampler(
+    timesteps: int, *, sampler: str, steps: int, spacing: str, guidance_interval: tuple[float, float], eta: float
+) -> None:
     """Refuse settings that fit no sampler, or not a schedule of so many timesteps.
 
-    Args:
-        timesteps: length of the noise schedule.
-        settings: sampler, steps, spacing, guidance_interval and eta, as in PRESETS.
-
-    Raises: ValueError: naming the flag, the rule and the value.
+    Raises: ValueError: naming the argument of `sample_middle`, the rule and the value.
     """
-    sampler, eta, (low, high) = settings["sampler"], settings["eta"], settings["guidance_interval"]
     if sampler not in SAMPLERS:
-        raise ValueError(f"--sampler must be one of {', '.join(SAMPLERS)} (got {sampler})")
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)} (got {sampler})")
     if not 0 <= eta <= 1:
-        raise ValueError(f"--eta must lie in [0, 1] (got {eta})")
+        raise ValueError(f"eta must lie in [0, 1] (got {eta})")
     if sampler == "dpmpp_2m" and eta > 0:
-        raise ValueError(f"--eta must be 0 with --sampler dpmpp_2m, which adds no noise (got {eta})")
+        raise ValueError(f"eta must be 0 with sampler dpmpp_2m, which adds no noise (got {eta})")
+    low, high = guidance_interval
     if not 0 <= low <= high <= 1:
-        raise ValueError(f"--guidance_interval must be two rising numbers in [0, 1] (got {low} {high})")
-    visited_timesteps(timesteps, settings["steps"], settings["spacing"])
+        raise ValueError(f"guidance_interval must be two rising numbers in [0, 1] (got {low} {high})")
+    visited_timesteps(timesteps, steps, spacing)
 
 
 def is_guided(t: int, timesteps: int, guidance_scale: float, guidance_interval: tuple[float, float]) -> bool:
@@ -124,18 +78,6 @@ def is_guided(t: int, timesteps: int, guidance_scale: float, guidance_interval: 
     """
     low, high = guidance_interval
     return guidance_scale not in (0, 1) and low <= t / max(1, timesteps - 1) <= high
-
-
-def branches(settings: Mapping[str, Any]) -> int:
-    """How many times the largest forward holds each clip: twice where guidance runs both branches."""
-    return 1 if settings["guidance_scale"] in (0, 1) else 2
-
-
-def forwards_per_clip(timesteps: int, settings: Mapping[str, Any]) -> int:
-    """Network forwards (nfe) that one sample costs: one per step, and one more where the step is guided."""
-    visited = visited_timesteps(timesteps, settings["steps"], settings["spacing"])
-    scale, interval = settings["guidance_scale"], settings["guidance_interval"]
-    return len(visited) + sum(is_guided(t, timesteps, scale, interval) for t in visited)
 
 
 def guided_denoiser(
@@ -151,9 +93,7 @@ def guided_denoiser(
     another one runs the branch that counts, which is the conditional one unless the scale is 0.
 
     Args:
-        model: the network.
-        start_context: [B,C,K,H,W].
-        end_context: the same shape.
+        start_context: [B,C,K,H,W], as end_context.
         guidance_scale: w.
         guided: for each step to come, whether it is guided; what no step needs is not encoded.
 
@@ -213,7 +153,7 @@ def extrapolated_x0(x0_hat: Tensor, x0_before: Tensor, levels: Sequence[float]) 
 
     Args:
         x0_hat: the prediction at the present noise level, [B,C,M,H,W].
-        x0_before: the prediction one step earlier, at a noisier level.
+        x0_before: that of one step earlier, at a noisier level.
         levels: alpha_bar one step earlier, now, and after the step to take; each below 1.
 
     Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
@@ -247,8 +187,7 @@ def sample_middle(
     Args:
         model: anything with `encode_contexts` and `denoise`; put it in eval mode first.
         schedule: the schedule it was trained with.
-        start_context: first observed frames, [B,C,K,H,W] in [-1, 1].
-        end_context: last observed frames, same shape.
+        start_context: first observed frames, [B,C,K,H,W] in [-1, 1], as end_context, the last ones.
         num_middle: frames to generate, M >= 1.
         sampler: "ddim", or "dpmpp_2m" (second order, deterministic: eta must be 0).
         steps: sampler steps, in [1, timesteps].
@@ -275,14 +214,8 @@ def sample_middle(
         )
     if num_middle < 1:
         raise ValueError(f"num_middle must be at least 1 (got {num_middle})")
-    settings = {
-        "sampler": sampler,
-        "steps": steps,
-        "spacing": spacing,
-        "guidance_interval": guidance_interval,
-        "eta": eta,
-    }
-    check_sampler(schedule.timesteps, settings)
+    spaced = {"sampler": sampler, "steps": steps, "spacing": spacing}
+    check_sampler(schedule.timesteps, **spaced, guidance_interval=guidance_interval, eta=eta)
 
     visited = visited_timesteps(schedule.timesteps, steps, spacing)
     guided = [is_guided(t, schedule.timesteps, guidance_scale, guidance_interval) for t in visited]

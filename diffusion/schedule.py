@@ -48,8 +48,9 @@ class DiffusionSchedule:
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)
 
     def to(self, device: torch.device | str) -> "DiffusionSchedule":
-        """Move the table to `device`, so that lookups there need no transfer; returns self."""
-        self.alpha_bar = self.alpha_bar.to(device)
+        """Move the table to `device`, so that lookups there need no transfer; returns self. MPS has no float64."""
+        if torch.device(device).type != "mps":
+            self.alpha_bar = self.alpha_bar.to(device)
         return self
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,23 +60,17 @@ class DiffusionSchedule:
         """
         if t.shape != like.shape[:1]:
             raise ValueError(f"t must hold one index per clip, shape ({like.shape[0]},) (got {tuple(t.shape)})")
-        alpha_bar = self.alpha_bar.to(t.device)[t].view(-1, *[1] * (like.dim() - 1))
+        alpha_bar = self.alpha_bar[t.to(self.alpha_bar.device)].view(-1, *[1] * (like.dim() - 1))
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise power ratio alpha_bar / (1 - alpha_bar), the shape of t, float64."""
-        alpha_bar = self.alpha_bar.to(t.device)[t]
+        alpha_bar = self.alpha_bar[t.to(self.alpha_bar.device)]
         return alpha_bar / (1 - alpha_bar)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Noisy frames x_t = alpha_t * x0 + sigma_t * eps.
+        """Noisy frames x_t = alpha_t * x0 + sigma_t * eps, all [B,C,M,H,W]; t is [B] long in [0, timesteps).
 
-        Args:
-            x0: clean middle frames, [B,C,M,H,W] in [-1, 1].
-            eps: N(0, I) noise, same shape.
-            t: diffusion index per clip, [B] long in [0, timesteps).
-
-        Returns: x_t, same shape.
         Raises: ValueError: if t is not one index per clip.
         """
         alpha_t, sigma_t = self.alpha_sigma(t, x0)
@@ -90,26 +85,20 @@ class DiffusionSchedule:
         return alpha_t * eps - sigma_t * x0
 
     def x0_from_v(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Clean frames implied by a velocity: alpha_t * x_t - sigma_t * v.
+        """Clean frames implied by a velocity: alpha_t * x_t - sigma_t * v; shapes and errors as in `add_noise`.
 
-        Args:
-            x_t: noisy middle frames, [B,C,M,H,W].
-            v: predicted velocity, same shape.
-            t: diffusion index per clip, [B] long in [0, timesteps).
-
-        Returns: x0, same shape; near [-1, 1] but not clamped.
-        Raises: ValueError: if t is not one index per clip.
+        Returns: x0, near [-1, 1] but not clamped.
         Source: Salimans & Ho 2022, arXiv:2202.00512.
         """
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         return alpha_t * x_t - sigma_t * v
 
     def eps_from_v(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Noise implied by a velocity: sigma_t * x_t + alpha_t * v; arguments and errors as in `x0_from_v`."""
+        """Noise implied by a velocity: sigma_t * x_t + alpha_t * v; shapes and errors as in `add_noise`."""
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         return sigma_t * x_t + alpha_t * v
 
     def eps_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """Noise that leads from given clean frames to x_t: (x_t - alpha_t * x0) / sigma_t; shapes as in `x0_from_v`."""
+        """Noise that leads from given clean frames to x_t: (x_t - alpha_t * x0) / sigma_t; shapes as in `add_noise`."""
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         return (x_t - alpha_t * x0) / sigma_t

@@ -1,16 +1,59 @@
-"""What generates middles, and the scoring of batches of clips with it."""
+"""Evaluating: which clips are read, what generates their middles, and the scoring of batches with it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from data.kinetics_video_dataset import DecodedFrames
+from data.video_index import Video, clip_span, printable, reason_of
+from data.video_reader import DECODE_ERRORS
+from diffusion.noise import SAMPLE, generator_for
+from diffusion.pipeline import MiddleFramePipeline, describe_settings, forwards_per_clip
+from evaluation.baselines import load_baseline
 from evaluation.fvd import I3D
 from evaluation.metrics import Scorer, diversity
+from evaluation.results import PerClipResults
+from utils.io import file_sha256
 from utils.video_utils import join_clip, split_clip, to_float
+
+
+class ClipReader(NamedTuple):
+    """Cuts one clip from a file; `window` is "central", "random" (by seed and number) or the first frame's number."""
+
+    num_frames: int
+    frame_stride: int
+    size: int
+    color_mode: str
+    window: str | int
+    seed: int
+
+    @property
+    def needed(self) -> int:
+        """Frames that a file must have."""
+        return clip_span(self.num_frames, self.frame_stride) + (self.window if isinstance(self.window, int) else 0)
+
+    def identify(self, video: Video, number: int) -> dict[str, Any]:
+        """What one clip is: its file, the file's hash, and the first frame used."""
+        slack = video.info.frames - clip_span(self.num_frames, self.frame_stride)
+        first = self.window
+        if self.window == "central":
+            first = slack // 2
+        elif self.window == "random":
+            first = int(np.random.default_rng([self.seed, number]).integers(slack + 1))
+        return {"name": printable(video.name), "sha256": file_sha256(video.path), "first_frame": first}
+
+    def read(self, video: Video, first: int) -> Tensor | str:
+        """One clip as uint8 [C,T,size,size], or why it cannot be read."""
+        wanted = [first + n * self.frame_stride for n in range(self.num_frames)]
+        try:
+            return DecodedFrames(self.size, self.color_mode).read(video, wanted)
+        except DECODE_ERRORS as error:
+            return reason_of(error)
 
 
 class Method(NamedTuple):
@@ -26,28 +69,75 @@ class Method(NamedTuple):
     generate: Callable[[Tensor, Tensor, Sequence[tuple[int, int]]], Tensor]
 
 
+def pipeline_method(
+    pipe: MiddleFramePipeline, settings: Mapping[str, Any], num_middle: int, samples: int, seed: int
+) -> Method:
+    """A trained model under one combination of sampler settings; each sample has its own noise."""
+
+    def generate(start: Tensor, end: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
+        generators = [generator_for(seed, SAMPLE, *key) for key in keys]
+        return pipe(start, end, num_middle=num_middle, generator=generators, **settings)
+
+    name = describe_settings(settings)
+    curve = name.replace(f" {settings['steps']}", "", 1)  # one curve of the plot: any number of steps
+    return Method(f"ours, {name}", curve, samples, forwards_per_clip(pipe.schedule.timesteps, settings), generate)
+
+
+def baseline_method(name: str, device: torch.device, num_middle: int) -> Method:
+    """A baseline, which has one answer and runs no network of ours."""
+    baseline = load_baseline(name, device)
+    return Method(name.replace("_", "-"), "", 1, 0, lambda start, end, keys: baseline(start, end, num_middle))
+
+
 class Evaluator:
     """Scores batches of clips with every method.
 
     Args:
-        methods: what to score.
-        scorer: of single clips.
         i3d: features for FVD; None = no FVD.
         batch_size: samples generated at once.
         endpoint_context: K.
-        device: where it happens.
     """
 
     def __init__(
-        self, methods: Sequence[Method], scorer: Scorer, i3d: I3D | None, batch_size: int, endpoint_context: int,
+        self,
+        reader: ClipReader,
+        methods: Sequence[Method],
+        scorer: Scorer,
+        i3d: I3D | None,
+        batch_size: int,
+        endpoint_context: int,
         device: torch.device,
-    ):  # fmt: skip
+    ):
+        self.reader = reader
         self.methods = methods
         self.scorer = scorer
         self.i3d = i3d
         self.batch_size = batch_size
         self.endpoint_context = endpoint_context
         self.device = device
+
+    def score_all(self, videos: Sequence[Video], results: PerClipResults) -> None:
+        """Score every clip that `results` does not hold yet, in batches that do not depend on what it holds."""
+        group = max(1, self.batch_size // max(method.samples for method in self.methods))
+        per_clip = sum(method.samples for method in self.methods)
+        batches = [range(i, min(i + group, len(videos))) for i in range(0, len(videos), group)]
+        waiting = [batch for batch in batches if not results.has(batch)]
+        done = len(videos) - sum(map(len, waiting))
+        if done:
+            print(f"{done} of {len(videos)} clips were scored before")
+        with tqdm(total=len(videos) * per_clip, initial=done * per_clip, unit="sample", disable=None) as bar:
+            for batch in waiting:
+                reads = {i: self.reader.read(videos[i], results.clips[i]["first_frame"]) for i in batch}
+                failed = [{"clip": i, "failure": read} for i, read in reads.items() if isinstance(read, str)]
+                for line in failed:
+                    name = printable(videos[line["clip"]].name)
+                    tqdm.write(f"could not read {name} ({line['failure']}); it is left out")
+                numbers = [i for i in batch if torch.is_tensor(reads[i])]
+                lines, features = [], {}
+                if numbers:
+                    lines, features = self.score(torch.stack([reads[i] for i in numbers]), numbers, bar.update)
+                results.add([*lines, *failed], features)
+        results.tidy()
 
     def generate(self, method: Method, start: Tensor, end: Tensor, numbers: Sequence[int]) -> tuple[Tensor, float]:
         """All samples of a batch of clips, [B,N,C,M,H,W], and the seconds that one took."""

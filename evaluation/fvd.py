@@ -23,13 +23,7 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     |mean_1 - mean_2|^2 + tr(cov_1) + tr(cov_2) - 2 tr((cov_1 cov_2)^(1/2)), where the last trace is the sum of the
     singular values of cov_1^(1/2) cov_2^(1/2): exact also for singular covariances, of fewer clips than features.
 
-    Args:
-        mean_1: [D].
-        cov_1: [D,D], symmetric, positive semi-definite.
-        mean_2: [D].
-        cov_2: [D,D].
-
-    Source: Dowson & Landau 1982.
+    Means are [D], covariances [D,D], symmetric and positive semi-definite. Source: Dowson & Landau 1982.
     """
     overlap = np.linalg.svd(square_root(cov_1) @ square_root(cov_2), compute_uv=False).sum()
     distance = np.square(mean_1 - mean_2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2 * overlap
@@ -56,10 +50,6 @@ class I3D:
 
     Made for `i3d_torchscript.pt` of StyleGAN-V, which MCVD, LGC-VD and STDiff use; any scripted network with the same
     call works. Source: Unterthiner et al. 2018, arXiv:1812.01717.
-
-    Args:
-        path: the TorchScript file.
-        device: where it runs.
 
     Raises: ValueError: naming the file, if it is missing or not TorchScript.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from utils.io import file_sha256
-from utils.video_utils import PSNR_CEILING, frame_psnr, join_clip, to_float, to_gray, to_uint8
+from utils.video_utils import PSNR_CEILING, as_double, frame_psnr, join_clip, to_float, to_gray, to_uint8
 
 METRICS = ("psnr", "ssim", "lpips", "temporal", "diversity", "fvd")
 HIGHER_IS_BETTER = {"psnr", "psnr_clip", "ssim"}
@@ -49,7 +49,7 @@ def clip_psnr(frames: Tensor, truth: Tensor) -> Tensor:
     Errors of single frames are averaged before the logarithm, which gives less than the mean of their dB. No error at
     all counts as 100 dB.
     """
-    mse = (frames.double() - truth.double()).square().mean(dim=(1, 2, 3, 4)) / 4  # of a range of 1
+    mse = (as_double(frames) - as_double(truth)).square().mean(dim=(1, 2, 3, 4)) / 4  # of a range of 1
     return (-10 * torch.log10(mse)).clamp(max=PSNR_CEILING)
 
 
@@ -57,8 +57,7 @@ def ssim(frames: Tensor, truth: Tensor, gray: bool) -> Tensor:
     """Structural similarity of each clip, [B] float64: the mean over frames, channels and pixels.
 
     Args:
-        frames: [B,C,T,H,W] in [-1, 1]; at least 11 pixels wide and high.
-        truth: the same shape.
+        frames: [B,C,T,H,W] in [-1, 1], as truth; at least 11 pixels wide and high.
         gray: compare luma instead of the mean over colour channels.
 
     Source: Wang et al. 2004, with scikit-image's settings for it: Gaussian weights of deviation 1.5, biased
@@ -70,10 +69,9 @@ def ssim(frames: Tensor, truth: Tensor, gray: bool) -> Tensor:
     pictures = [to_uint8(clip).transpose(1, 2).flatten(0, 1) for clip in (frames, truth)]  # [B*T,C,H,W]
     if gray and frames.shape[1] == 3:
         pictures = [to_gray(picture) for picture in pictures]
-    _, similarity = structural_similarity_index_measure(
-        *(picture.double() for picture in pictures), gaussian_kernel=True, sigma=1.5, data_range=255.0,
-        reduction="none", return_full_image=True,
-    )  # fmt: skip
+    settings = {"gaussian_kernel": True, "sigma": 1.5, "data_range": 255.0, "reduction": "none"}
+    pictures = [as_double(picture) for picture in pictures]
+    _, similarity = structural_similarity_index_measure(*pictures, **settings, return_full_image=True)
     edge = SSIM_WINDOW // 2  # where the window would reach over the border, which torchmetrics pads
     return similarity[..., edge:-edge, edge:-edge].reshape(b, -1).mean(1)
 
@@ -86,7 +84,7 @@ def temporal_error(middle: Tensor, truth: Tensor, start_context: Tensor, end_con
     """
 
     def changes(frames: Tensor) -> Tensor:
-        return to_uint8(join_clip(start_context[:, :, -1:], frames, end_context[:, :, :1])).double().diff(dim=2)
+        return as_double(to_uint8(join_clip(start_context[:, :, -1:], frames, end_context[:, :, :1]))).diff(dim=2)
 
     return (changes(middle) - changes(truth)).abs().mean(dim=(1, 2, 3, 4)) / 255
 
@@ -97,8 +95,8 @@ def diversity(samples: Tensor) -> float:
     if n < 2:
         return 0.0
     # of sorted values, the sum over all pairs counts the i-th (2i - n + 1) times
-    ordered = (to_uint8(samples).double() / 255).sort(dim=0).values
-    weight = 2 * torch.arange(n, device=samples.device).double() - n + 1
+    ordered = (as_double(to_uint8(samples)) / 255).sort(dim=0).values
+    weight = 2 * torch.arange(n).to(ordered) - n + 1
     pairs = n * (n - 1) / 2
     return ((ordered * weight.view(-1, 1, 1, 1, 1)).sum(0).mean() / pairs).item()
 
@@ -143,11 +141,7 @@ class Scorer:
     def __call__(self, middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> list[dict]:
         """A dict of scores per clip: psnr, psnr_clip, psnr_frames (a list), ssim, lpips, temporal_l1.
 
-        Args:
-            middle: generated, [B,C,M,H,W] in [-1, 1].
-            truth: the same shape.
-            start_context: [B,C,K,H,W].
-            end_context: [B,C,K,H,W].
+        The generated `middle` and the truth are [B,C,M,H,W] in [-1, 1], the contexts [B,C,K,H,W].
         """
         columns: dict[str, Tensor] = {}
         if "psnr" in self.metrics:

@@ -6,15 +6,21 @@ import io
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import imageio.v3 as iio
 from torch import Tensor
 
-from evaluation.protocols import PUBLISHED, rules
-from evaluation.results import Estimate, Row
-from utils.records import save_training_curves
+from data.video_index import Video
+from evaluation.evaluator import Evaluator
+from evaluation.metrics import HIGHER_IS_BETTER
+from evaluation.protocols import PUBLISHED, differences_from_mcvd, rules
+from evaluation.results import SCORES, Estimate, PerClipResults, Row, error_by_position, summarise
+from utils.io import atomic_write, observed_frames, save_json, save_training_curves, side_by_side
+from utils.video_utils import cross_fade, join_clip, split_clip, to_float, to_uint8
 
+ANIMATION_FPS = 6
 COLUMNS = {  # score -> (title, decimals)
     "psnr": ("PSNR, dB", 2),
     "psnr_clip": ("PSNR (clip), dB", 2),
@@ -35,7 +41,7 @@ img { width: 38rem; max-width: 100%; image-rendering: pixelated; } svg { max-wid
 """
 
 
-class Findings(NamedTuple):
+class Report(NamedTuple):
     """All that an evaluation found.
 
     Attributes:
@@ -67,7 +73,7 @@ class Findings(NamedTuple):
         return [*rules(self.protocol, scores | compared), *self.weights]
 
     def as_json(self) -> dict[str, Any]:
-        """The findings as plain types."""
+        """The report as plain types."""
         return self._asdict() | {
             "rows": [row.as_json() for row in self.rows],
             "frames": list(self.frames),
@@ -76,48 +82,101 @@ class Findings(NamedTuple):
         }
 
 
-def as_markdown(findings: Findings) -> str:
+def make_report(
+    evaluator: Evaluator, results: PerClipResults, protocol: str, weights: list[str], settings: dict[str, Any]
+) -> Report:
+    """Summarise the scores over the clips.
+
+    Args:
+        weights: files that scores were computed with.
+        settings: of the evaluation; `trained_frames` among them is T in training, or None.
+
+    Raises: ValueError: if no clip could be read.
+    """
+    lines, methods = results.scored(), [method.name for method in evaluator.methods]
+    if not lines:
+        failures = "; ".join(results.failures())
+        raise ValueError(f"--data_root {settings['data_root']}: no clip could be read: {failures}")
+    k, reader = evaluator.endpoint_context, evaluator.reader
+    m = reader.num_frames - 2 * k
+    features = results.features if evaluator.i3d and len(lines) > 1 else None
+    if evaluator.i3d and features is None:
+        print("fvd is left out: it needs two clips or more")
+    with_psnr = "psnr" in evaluator.scorer.metrics
+    differences = []
+    if protocol == "mcvd":
+        differences = differences_from_mcvd(settings, len(lines), settings["trained_frames"])
+    return Report(
+        title=f"{len(lines)} clips of {reader.num_frames} frames ({k} + {k} given, {m} generated), "
+        f"{reader.size}x{reader.size} {reader.color_mode}, protocol {protocol}",
+        rows=[row for name in methods for row in summarise(lines, name, methods[0], features)],
+        curves={method.name: method.curve for method in evaluator.methods if method.curve},
+        protocol=protocol,
+        differences=differences,
+        weights=weights,
+        failures=results.failures(),
+        frames=range(k, k + m),
+        positions={name: error_by_position(lines, name) for name in methods} if with_psnr else {},
+    )
+
+
+def write_report(
+    report: Report, out_dir: Path, pictures: str, history: dict[str, Any] | None, facts: dict[str, Any]
+) -> None:
+    """Print the table and write table.md, metrics.json, report.html and, of a sweep, its plot."""
+    files = {"table.md": as_markdown(report), "report.html": as_page(report, pictures, history, facts)}
+    plot = quality_against_work(report)
+    if plot:
+        files["quality_against_work.svg"] = plot
+    for name, text in files.items():
+        with atomic_write(out_dir / name) as file:
+            file.write(text.encode())
+    save_json(out_dir / "metrics.json", report.as_json() | facts)
+    print(f"\n{files['table.md']}")
+    print(f"{out_dir / 'report.html'}, {out_dir / 'table.md'}, {out_dir / 'metrics.json'}")
+
+
+def as_markdown(report: Report) -> str:
     """The table with all that belongs to it."""
-    text = [findings.title, "", markdown(table_cells(findings.rows)), "", *(f"- {rule}" for rule in findings.rules())]
-    if findings.differences:
+    text = [report.title, "", markdown(table_cells(report.rows)), "", *(f"- {rule}" for rule in report.rules())]
+    if report.differences:
         text += ["", markdown(published_cells()), "", "What still differs from the published rows:", ""]
-        text += [f"- {line}" for line in findings.differences]
-    if findings.failures:
-        text += ["", f"Left out, unreadable: {', '.join(findings.failures)}"]
+        text += [f"- {line}" for line in report.differences]
+    if report.failures:
+        text += ["", f"Left out, unreadable: {', '.join(report.failures)}"]
     return "\n".join([*text, ""])
 
 
-def as_page(findings: Findings, pictures: str, history: dict[str, Any] | None, facts: dict[str, Any]) -> str:
+def as_page(report: Report, pictures: str, history: dict[str, Any] | None, facts: dict[str, Any]) -> str:
     """The whole page: table, clips, plots and settings; it loads nothing.
 
     Args:
-        findings: what was found.
         pictures: animations, as HTML.
         history: of training, as checkpoints keep it; None without a checkpoint.
         facts: settings, versions and fingerprints.
     """
-    sections = [("Scores", html_table(table_cells(findings.rows)) + bullet_list(findings.rules()))]
-    if findings.failures:
-        sections.append(("Left out, unreadable", bullet_list(findings.failures)))
-    if findings.differences:
-        sections.append(("Published", html_table(published_cells()) + bullet_list(findings.differences)))
+    sections = [("Scores", html_table(table_cells(report.rows)) + bullet_list(report.rules()))]
+    if report.failures:
+        sections.append(("Left out, unreadable", bullet_list(report.failures)))
+    if report.differences:
+        sections.append(("Published", html_table(published_cells()) + bullet_list(report.differences)))
     sections.append(("Clips", pictures))
-    plot = quality_against_work(findings)
+    plot = quality_against_work(report)
     if plot:
         sections.append(("Quality against work", plot))
-    if findings.positions:
-        sections.append(("Error per frame position", error_by_frame(findings)))
+    if report.positions:
+        sections.append(("Error per frame position", error_by_frame(report)))
     if history is not None:
         sections.append(("Training", training_curves(history)))
     sections.append(("Settings", settings_list(facts)))
-    return page(findings.title, sections)
+    return page(report.title, sections)
 
 
-def error_by_frame(findings: Findings) -> str:
+def error_by_frame(report: Report) -> str:
     """PSNR of each generated frame, as a table and a plot."""
-    cells = [["PSNR of frame, dB", *map(str, findings.frames)]]
-    cells += [[name, *(f"{value:.2f}" for value in values)] for name, values in findings.positions.items()]
-    curves = {name: (list(findings.frames), values) for name, values in findings.positions.items()}
+    cells = [["PSNR of frame, dB", *map(str, report.frames)]]
+    cells += [[name, *(f"{value:.2f}" for value in values)] for name, values in report.positions.items()]
+    curves = {name: (list(report.frames), values) for name, values in report.positions.items()}
     return html_table(cells) + (line_plots({"PSNR, dB": curves}, "frame") or "")
 
 
@@ -192,14 +251,14 @@ def line_plots(panels: dict[str, Curves], xlabel: str, log_x: bool = False) -> s
     return svg_element(text.getvalue())
 
 
-def quality_against_work(findings: Findings) -> str | None:
+def quality_against_work(report: Report) -> str | None:
     """Scores against network forwards, as an SVG element; None where no two numbers of steps were run."""
     panels: dict[str, Curves] = {}
     for score in ("psnr", "ssim", "temporal_l1"):
         points: dict[str, list[tuple[int, float]]] = {}
-        for row in findings.rows:
-            if row.method in findings.curves and row.kind == "mean" and score in row.scores:
-                points.setdefault(findings.curves[row.method], []).append((row.nfe, row.scores[score].mean))
+        for row in report.rows:
+            if row.method in report.curves and row.kind == "mean" and score in row.scores:
+                points.setdefault(report.curves[row.method], []).append((row.nfe, row.scores[score].mean))
         if max(map(len, points.values()), default=0) >= 2:
             lines = {name: tuple(zip(*sorted(values), strict=True)) for name, values in points.items()}
             panels[COLUMNS[score][0]] = lines
@@ -241,6 +300,37 @@ def settings_list(settings: dict[str, Any]) -> str:
     flat.pop("settings", None)
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in flat.items())
     return f"<details><summary>all settings</summary><table>{rows}</table></details>"
+
+
+def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipResults) -> str:
+    """The best, median and worst clip of the first method: truth, the method's first sample, and the cross-fade.
+
+    Best by the first score that was measured; the clips are the first, the middle and the last where none was.
+    """
+    method, k = evaluator.methods[0], evaluator.endpoint_context
+    lines = results.scored()
+    titles = ("first", "middle", "last")
+    first_sample = {line["clip"]: line["methods"][method.name]["samples"][0] for line in lines}
+    score = next((name for name in SCORES if name in first_sample[lines[0]["clip"]]), None)
+    if score is not None:
+        titles = ("best", "median", "worst")
+        lines.sort(key=lambda line: first_sample[line["clip"]][score], reverse=score in HIGHER_IS_BETTER)
+    parts = []
+    for title, line in zip(titles, (lines[0], lines[len(lines) // 2], lines[-1]), strict=True):
+        number = line["clip"]
+        clip = evaluator.reader.read(videos[number], line["source"]["first_frame"])
+        if isinstance(clip, str):
+            continue
+        start, truth, end = split_clip(to_float(clip[None]).to(evaluator.device), k)
+        faded = cross_fade(start, end, truth.shape[2])
+        middles = (truth, method.generate(start, end, [(number, 0)]), faded)
+        wholes = [to_uint8(join_clip(start, middle, end))[0] for middle in middles]
+        frames = side_by_side(wholes, observed_frames(clip.shape[1], k))
+        value = first_sample[number].get(score)
+        quality = "" if value is None else f", {COLUMNS[score][0]}: {value:.{COLUMNS[score][1]}f}"
+        caption = f"{title}: {line['source']['name']}{quality} - truth, {method.name}, cross-fade (orange = given)"
+        parts.append(animation(frames, caption, ANIMATION_FPS))
+    return "\n".join(parts)
 
 
 def animation(frames: Tensor, caption: str, fps: float) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluation.fvd import feature_distance
 from evaluation.metrics import HIGHER_IS_BETTER
-from utils.io import replacing
+from utils.io import atomic_write
 
 SCORES = ("psnr", "psnr_clip", "ssim", "lpips", "temporal_l1")  # numbers that a single sample of a clip has
 RESAMPLES = 2000  # of the bootstrap; the ends of an interval then vary by a few percent of its width
@@ -25,7 +25,6 @@ class PerClipResults:
     clips that are not asked for now are kept.
 
     Args:
-        out_dir: the folder; made if need be.
         settings: everything that changes a score.
         clips: what identifies each clip (name, sha256, first frame); a line of another clip is not used.
         overwrite: begin anew, whatever is there.
@@ -60,7 +59,7 @@ class PerClipResults:
     def tidy(self) -> None:
         """Write the file anew, in order and each clip once, without what was cut short."""
         lines = [{"settings": self.settings}, *(self.stored[number] for number in sorted(self.stored))]
-        with replacing(self.path) as file:
+        with atomic_write(self.path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def has(self, numbers: Iterable[int]) -> bool:
@@ -169,7 +168,6 @@ def summarise(lines: Sequence[dict[str, Any]], method: str, first: str, features
 
     Args:
         lines: the scored clips.
-        method: as named in the lines.
         first: the method of the first row.
         features: folder of FVD features; None = no FVD.
     """

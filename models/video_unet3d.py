@@ -20,9 +20,6 @@ from models.modules.frame_conv import FrameConv3d
 from models.modules.temporal_attention import sinusoidal_embedding
 
 ATTENTION_HEADS = 4
-# Bytes that a forward without gradients takes at its peak, in those of its largest level's output: 11.7 to 15 measured
-# over sizes, lengths and both widths of benchmarks/bench_training.py, on a CPU.
-PEAK = 15
 LARGEST_NUMBER = 4096  # in a model_config: an absurd one in a foreign checkpoint must not exhaust memory or time
 LARGEST_LEVELS, LARGEST_RES_BLOCKS = 12, 64  # likewise: even without weights each module takes time
 
@@ -114,7 +111,7 @@ class VideoUNet3D(nn.Module):
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
 
-    def lay_out(self, channels_last: bool | None = None) -> "VideoUNet3D":
+    def set_memory_format(self, channels_last: bool | None = None) -> "VideoUNet3D":
         """Choose where the channels of convolutions lie in memory; outputs agree to rounding.
 
         Args:
@@ -219,29 +216,8 @@ class VideoUNet3D(nn.Module):
         expected = f"[B,{self.image_channels},{count or 'M'},H,W]"
         if frames.dim() != 5 or frames.shape[1] != self.image_channels or count not in (None, frames.shape[2]):
             raise ValueError(f"{name} must be {expected} for this network (got {tuple(frames.shape)})")
-        if frames.shape[3] % self.size_multiple or frames.shape[4] % self.size_multiple:
-            raise ValueError(
-                f"{name}: height and width must be divisible by {self.size_multiple}, "
-                f"as {len(self.down_levels)} levels halve them (got {frames.shape[3]}x{frames.shape[4]})"
-            )
-
-
-def forward_memory(model_config: Mapping[str, Any], clips: int, num_middle: int, size: int) -> int:
-    """About the bytes that one forward of sampling needs beside the weights, in float32.
-
-    Args:
-        model_config: of a checkpoint.
-        clips: in the batch, both branches of guidance counted.
-        num_middle: frames M.
-        size: height and width in pixels.
-
-    Raises: ValueError: as `build_model`.
-    """
-    check_model_config(model_config)
-    widths = [model_config["base_channels"] * mult for mult in model_config["channel_mults"]]
-    largest = max(width / 4**i for i, width in enumerate(widths))  # a level's channels, by its share of the pixels
-    attention = max((ATTENTION_HEADS * num_middle / 4**i for i in model_config["temporal_attn_levels"]), default=0)
-    return int(4 * clips * num_middle * size**2 * max(PEAK * largest, 4 * attention))  # weights, softmax, and copies
+        for side in frames.shape[3:]:
+            check_size(side, self.size_multiple)
 
 
 def check_architecture(
@@ -251,34 +227,38 @@ def check_architecture(
     temporal_attn_levels: Sequence[int],
     endpoint_context: int,
 ) -> None:
-    """Refuse what cannot be built, in the words of the training script's flags.
+    """Refuse what cannot be built.
 
-    Raises: ValueError: naming the flag, the rule and the value.
+    Raises: ValueError: naming the argument, the rule and the value.
     """
     numbers = (base_channels, *channel_mults, res_blocks, *temporal_attn_levels, endpoint_context)
     if len(numbers) > LARGEST_NUMBER or not all(type(number) is int and number <= LARGEST_NUMBER for number in numbers):
-        raise ValueError(
-            f"the network's numbers must be integers of at most {LARGEST_NUMBER} (got {str(numbers)[:80]})"
-        )
+        raise ValueError(f"the network's numbers must be integers of at most {LARGEST_NUMBER}")
     if len(channel_mults) > LARGEST_LEVELS or res_blocks > LARGEST_RES_BLOCKS:
         raise ValueError(
-            f"--channel_mults may be {LARGEST_LEVELS} numbers at most, --res_blocks at most {LARGEST_RES_BLOCKS} "
+            f"channel_mults may be {LARGEST_LEVELS} numbers at most, res_blocks at most {LARGEST_RES_BLOCKS} "
             f"(got {len(channel_mults)}, {res_blocks})"
         )
     if base_channels < 4 or base_channels % ATTENTION_HEADS:
-        raise ValueError(f"--base_channels must be a positive multiple of {ATTENTION_HEADS} (got {base_channels})")
+        raise ValueError(f"base_channels must be a positive multiple of {ATTENTION_HEADS} (got {base_channels})")
     if not channel_mults or min(channel_mults) < 1:
-        raise ValueError(f"--channel_mults must be one or more positive integers (got {list(channel_mults)})")
+        raise ValueError(f"channel_mults must be one or more positive integers (got {list(channel_mults)})")
     if res_blocks < 1:
-        raise ValueError(f"--res_blocks must be at least 1 (got {res_blocks})")
+        raise ValueError(f"res_blocks must be at least 1 (got {res_blocks})")
     if endpoint_context < 1:
-        raise ValueError(f"--endpoint_context must be at least 1 (got {endpoint_context})")
+        raise ValueError(f"endpoint_context must be at least 1 (got {endpoint_context})")
     unknown = [level for level in temporal_attn_levels if not 0 <= level < len(channel_mults)]
     if unknown:
         raise ValueError(
-            f"--temporal_attn_levels must lie in [0, {len(channel_mults) - 1}], the levels of --channel_mults "
+            f"temporal_attn_levels must lie in [0, {len(channel_mults) - 1}], the levels of channel_mults "
             f"(got {unknown[0]})"
         )
+
+
+def check_size(size: int, multiple: int) -> None:
+    """Raises: ValueError: unless the network's levels, each of which halves a frame, divide its size in pixels."""
+    if size % multiple:
+        raise ValueError(f"size must be divisible by {multiple}, as each level of the network halves it (got {size})")
 
 
 def blind_levels(base_channels: int, channel_mults: Sequence[int]) -> list[int]:
@@ -300,16 +280,10 @@ def build_model(model_config: Mapping[str, Any], device: str | None = None) -> V
 
     Raises: ValueError: for a missing or unknown key, or a value that cannot be built.
     """
-    check_model_config(model_config)
-    with torch.device(device) if device else contextlib.nullcontext():
-        return VideoUNet3D(**model_config)
-
-
-def check_model_config(model_config: Mapping[str, Any]) -> None:
-    """Raises: ValueError: for a missing or unknown key, or a value that cannot be built."""
     if set(model_config) != MODEL_CONFIG_KEYS:
-        difference = sorted(MODEL_CONFIG_KEYS.symmetric_difference(model_config))
+        difference = sorted(map(str, MODEL_CONFIG_KEYS.symmetric_difference(model_config)))
         raise ValueError(f"model_config must have the keys {sorted(MODEL_CONFIG_KEYS)} (differs in {difference})")
     if not all(isinstance(model_config[key], (list, tuple)) for key in ("channel_mults", "temporal_attn_levels")):
         raise ValueError("model_config: channel_mults and temporal_attn_levels must be lists of integers")
-    check_architecture(**{name: value for name, value in model_config.items() if name != "image_channels"})
+    with torch.device(device) if device else contextlib.nullcontext():
+        return VideoUNet3D(**model_config)

@@ -5,9 +5,9 @@ import struct
 import numpy as np
 import pytest
 import torch
+from data.bair_to_mp4 import bytes_features, crc32c, main, masked_crc32c
 
 from data import bair_to_mp4
-from data.bair_to_mp4 import bytes_features, crc32c, main, masked_crc32c
 from data.kinetics_video_dataset import prepare_videos
 from data.video_reader import probe_video, read_frames
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from training.optimisation import plan_learning_rate
 
 import train_video_ddpm
 from benchmarks import bench_forms, bench_loading, bench_sampling, bench_training
@@ -13,7 +14,6 @@ from data.kinetics_video_dataset import DecodedFrames, usable_videos
 from diffusion.sampler import sample_middle
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import build_model
-from training.optimisation import plan_learning_rate
 from utils.checkpoint import load_checkpoint
 from utils.video_utils import to_float
 

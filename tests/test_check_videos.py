@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from data.check_videos import main
 
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from data.robot_pushing import COLUMNS, check_setup, main
 
 from data import robot_pushing
 from data.kinetics_video_dataset import prepare_videos
-from data.robot_pushing import COLUMNS, check_setup, main
 
 
 def can_render():

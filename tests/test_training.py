@@ -18,6 +18,8 @@ import torch
 from conftest import TINY_FLAGS, moving_square
 from soak import same
 from torch.utils._python_dispatch import TorchDispatchMode
+from training.optimisation import learning_rate, plan_learning_rate
+from utils.records import save_training_curves
 
 import train_video_ddpm
 import training.state
@@ -25,10 +27,8 @@ from benchmarks import bench_training
 from data.video_reader import probe_video
 from train_video_ddpm import PRESETS, build_parser, main
 from training import optimisation
-from training.optimisation import learning_rate, plan_learning_rate
 from utils.checkpoint import load_checkpoint
 from utils.io import save_mp4
-from utils.records import save_training_curves
 
 
 def run(out_dir, *flags, status=0):

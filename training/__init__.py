@@ -1,1 +1,1 @@
-"""What training is made of beside the network and the loss: its state, its checkpoints, and one optimiser step."""
+"""What a training run needs beside network and loss: its state, checkpoints, log, and several processes."""

@@ -3,29 +3,29 @@
 import argparse
 import copy
 import math
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from diffusion.loss import diffusion_loss
 from diffusion.noise import INIT, generator_for
+from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
-from utils import distributed
-from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from training.distributed import print0
+from utils.checkpoint import load_weights
+from utils.device import autocast
 
 UNSAVED_FLAGS = ("resume", "dry_run", "preset")  # what a command does, as against what a run is
 MAX_BAD_IN_ROW = 20  # an fp16 loss scale starts too high by a few halvings; this many mean that the run is lost
 DIVERGED = 10  # times the loss of a network that predicts nothing
 
 
-class Tally:
-    """Running sums over steps, kept on the device in float64, so that no step waits for a number.
+class TrainMetrics:
+    """Running sums over steps, kept on the device, so that no step waits for a number.
 
     Its entries: loss and steps since the last line of metrics.jsonl, loss and steps of this epoch (steps whose loss
     and gradient are finite count in both), the last gradient norm, steps skipped as not finite and steps of a diverged
@@ -33,27 +33,27 @@ class Tally:
 
     Args:
         device: where the losses are.
-        bound: above it a loss is diverged.
+        threshold: above it a loss is diverged, see `divergence_threshold`.
     """
 
     NAMES = ("line_loss", "line_steps", "epoch_loss", "epoch_steps", "grad_norm", "skipped", "diverged", "bad_in_row")
 
-    def __init__(self, device: torch.device, bound: float):
-        self.bound = bound
-        self.values = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, threshold: float):
+        self.threshold = threshold
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.values = torch.zeros(len(self.NAMES), dtype=dtype, device=device)
 
     @torch.no_grad()
     def add(self, loss: Tensor, norm: Tensor) -> None:
         """Count one step: its loss and gradient norm, 0-dimensional, on the device."""
         finite = loss.isfinite() & norm.isfinite()
-        counted, loss = finite.double(), torch.where(finite, loss.double(), 0.0)
-        diverged = (loss > self.bound).double()
+        counted, loss = finite.to(self.values), torch.where(finite, loss.to(self.values), 0.0)
+        diverged = (loss > self.threshold).to(self.values)
         *sums, _, skipped, diverged_before, in_row = self.values.unbind()
         sums = [total + more for total, more in zip(sums, (loss, counted, loss, counted), strict=True)]
         bad = 1 - counted + diverged
-        self.values = torch.stack(
-            [*sums, norm.double(), skipped + 1 - counted, diverged_before + diverged, (in_row + bad) * bad]
-        )
+        counts = (skipped + 1 - counted, diverged_before + diverged, (in_row + bad) * bad)
+        self.values = torch.stack([*sums, norm.to(self.values), *counts])
 
     def read(self) -> dict[str, float]:
         """Every entry by name; this waits for the device.
@@ -64,7 +64,7 @@ class Tally:
         if values["bad_in_row"] >= MAX_BAD_IN_ROW:
             raise FloatingPointError(
                 f"of {MAX_BAD_IN_ROW} steps in a row one must have finite gradients and a loss of at most "
-                f"{self.bound:g} (got {values['bad_in_row']:.0f} without; a lower --lr or --warmup_steps may help)"
+                f"{self.threshold:g} (got {values['bad_in_row']:.0f} without; a lower --lr or --warmup_steps may help)"
             )
         return values
 
@@ -74,108 +74,85 @@ class Tally:
         self.values[first : first + 2] = 0
         return values[f"{span}_loss"] / values[f"{span}_steps"] if values[f"{span}_steps"] else None
 
+    def bad_steps(self) -> dict[str, int]:
+        """The counts of the whole run that every line of metrics.jsonl has."""
+        values = self.read()
+        return {"skipped_steps": int(values["skipped"]), "diverged_steps": int(values["diverged"])}
+
 
 @dataclass
 class TrainingState:
-    """What a checkpoint carries on.
+    """What a checkpoint carries on, and how far the run is to go.
 
-    `step` counts optimiser steps, those that were skipped included; `position` counts steps' worth of clips since the
-    first epoch began: they differ once a run goes on with another batch size. Data and noise follow `position`,
-    learning rate and EMA follow `step`. `parallel` is the model, or the wrapper of it that averages gradients over
-    processes, and `trial` the inputs of the first loss, on which weights are tried before they are saved.
+    `step` counts optimiser steps, those that were skipped included; `data_step` counts steps' worth of clips since the
+    first epoch began: they differ once a run goes on with another batch size. Data and noise follow `data_step`,
+    learning rate and EMA follow `step`. `ddp_model` is the model or its wrapper that averages gradients over processes,
+    and `probe_batch` the inputs of the first loss, on which weights are tried before they are saved.
     """
 
     model: VideoUNet3D
-    parallel: nn.Module
+    ddp_model: nn.Module
     ema: VideoUNet3D
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    tally: Tally
+    metrics: TrainMetrics
     step: int = 0
-    position: int = 0
+    data_step: int = 0
     best_val_loss: float = math.inf
-    plan: dict[str, float] | None = None
-    trial: tuple[Tensor, ...] | None = None
+    lr_schedule: dict[str, float] = field(default_factory=dict)
+    probe_batch: tuple[Tensor, ...] | None = None
     history: dict[str, Any] = field(default_factory=lambda: {"train": [], "epochs": [], "sums": {}})
+    total_steps: int = 0
+    total_data_steps: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has all its steps."""
+        return self.step >= self.total_steps or self.data_step >= self.total_data_steps
+
+    def plan_steps(self, args: argparse.Namespace, epoch_steps: int) -> None:
+        """Settle how far the run goes and along which learning rates, from where it stands now."""
+        self.total_data_steps = self.data_step + 2 if args.dry_run else args.epochs * epoch_steps
+        # steps and data steps differ once a run went on with other clips per step: the latter say what is left
+        self.total_steps = self.step + max(0, self.total_data_steps - self.data_step)
+        if args.max_steps and not args.dry_run:
+            self.total_steps = min(self.total_steps, args.max_steps)
+        stored = self.lr_schedule
+        self.lr_schedule = make_lr_schedule(args.lr, args.warmup_steps, self.total_steps, self.step, stored)
 
 
-class Saver:
-    """Writes a run's checkpoints when they are due, if this is the main process.
-
-    One that cannot be written costs a line, not the run. One whose weights are diverged is not written.
-
-    Args:
-        out_dir: the run's folder.
-        args: the run's arguments.
-        epoch_steps: optimiser steps of an epoch.
-        last_is_whole: whether last.pt is known to be readable, and so worth keeping as prev.pt.
-        trial_loss: gives the loss of some batch under the weights that are to be saved.
-
-    Attributes:
-        failure: why the newest attempt at last.pt failed, or None.
-    """
-
-    def __init__(
-        self,
-        out_dir: Path,
-        args: argparse.Namespace,
-        epoch_steps: int,
-        last_is_whole: bool,
-        trial_loss: Callable[[], float],
-    ):
-        self.out_dir = out_dir
-        self.args = args
-        self.epoch_steps = epoch_steps
-        self.last_is_whole = last_is_whole
-        self.trial_loss = trial_loss
-        self.failure: OSError | FloatingPointError | None = None
-        self.tried_at = time.monotonic()
-
-    def due(self, step: int) -> bool:
-        """Whether --save_every or --save_minutes ask for a save after this step."""
-        minutes = (time.monotonic() - self.tried_at) / 60
-        by_steps = self.args.save_every and step % self.args.save_every == 0
-        return bool(by_steps or (self.args.save_minutes and minutes >= self.args.save_minutes))
-
-    def save_best(self, state: TrainingState, val_loss: float) -> None:
-        """Write best.pt; if that fails, the best before stays the one to beat."""
-        before, state.best_val_loss = state.best_val_loss, val_loss
-        if self._save("best.pt", state, None):
-            state.best_val_loss = before
-
-    def save_last(self, state: TrainingState) -> None:
-        """Write last.pt, and keep the one before it as prev.pt."""
-        self.tried_at = time.monotonic()
-        self.failure = self._save("last.pt", state, self.out_dir / "prev.pt" if self.last_is_whole else None)
-        self.last_is_whole |= self.failure is None
-
-    def _save(self, name: str, state: TrainingState, previous: Path | None) -> OSError | FloatingPointError | None:
-        state.history["sums"] = state.tally.read()  # in every process, so that a lost run ends in all of them
-        if not distributed.is_main():
-            return None
-        failure: OSError | FloatingPointError
-        try:
-            loss = self.trial_loss()
-            if loss <= state.tally.bound:  # not so where it is no number
-                save(self.out_dir / name, state, self.args, self.epoch_steps, previous)
-                return None
-            failure = FloatingPointError(
-                f"{self.out_dir / name} is not written: the weights after step {state.step} are diverged, their loss "
-                f"must be at most {state.tally.bound:g} (got {loss:g}; a lower --lr or --warmup_steps may help)"
-            )
-        except OSError as error:
-            failure = error
-        tqdm.write(f"WARNING: {failure}; what was saved before is untouched", file=sys.stderr)
-        return failure
-
-
-def diverged_loss(args: argparse.Namespace) -> float:
+def divergence_threshold(noise_offset: float, temporal_loss_weight: float) -> float:
     """The loss above which training counts as diverged; a network that predicts 0 has a tenth of it at most.
 
     v has at most the variance of a noise eps, 1 + noise_offset^2, as clips lie in [-1, 1]; frame differences of natural
     clips are below 1.
     """
-    return DIVERGED * (1 + args.noise_offset**2 + args.temporal_loss_weight)
+    return DIVERGED * (1 + noise_offset**2 + temporal_loss_weight)
+
+
+def get_lr(step: int, schedule: Mapping[str, float]) -> float:
+    """Linear warm-up, then half a cosine from (start_step, start_lr) to zero at total_steps."""
+    if step < schedule["warmup_steps"]:
+        return schedule["start_lr"] * (step + 1) / schedule["warmup_steps"]
+    start = max(schedule["start_step"], schedule["warmup_steps"])
+    share = (step - start) / max(1, schedule["total_steps"] - start)
+    return schedule["start_lr"] * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def make_lr_schedule(
+    lr: float, warmup_steps: int, total_steps: int, step: int, stored: dict[str, float]
+) -> dict[str, float]:
+    """The schedule of `get_lr`. A resumed run whose length changed bends the curve from where it is: no jump."""
+    fresh = {"peak_lr": lr, "start_lr": lr, "start_step": 0, "warmup_steps": warmup_steps, "total_steps": total_steps}
+    if not stored:
+        return fresh
+    if lr != stored["peak_lr"]:
+        return fresh | {"start_step": step, "warmup_steps": 0}
+    if total_steps == stored["total_steps"] or step < stored["warmup_steps"]:
+        return stored | {"total_steps": total_steps}
+    if step >= stored["total_steps"]:
+        print0("the learning rate has decayed to 0 with the former end of the run; give another --lr to train on")
+    return fresh | {"start_step": step, "start_lr": get_lr(step, stored), "warmup_steps": 0}
 
 
 def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -184,30 +161,58 @@ def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
     return {"image_channels": 1 if args.color_mode == "gray" else 3} | {name: getattr(args, name) for name in names}
 
 
-def new_state(
-    args: argparse.Namespace, model_config: dict[str, Any], device: torch.device, amp_dtype: torch.dtype | None
-) -> TrainingState:
+def init_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None) -> TrainingState:
     """Fresh weights (by the seed), their EMA copy and an optimiser."""
     torch.manual_seed(generator_for(args.seed, INIT).initial_seed())
-    model = build_model(model_config).to(device).lay_out(args.channels_last)
+    model = build_model(model_config_of(args)).to(device).set_memory_format(args.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     model.activation_checkpointing = args.activation_checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    tally = Tally(device, diverged_loss(args))
-    return TrainingState(model.train(), model, ema, optimizer, scaler, tally)
+    metrics = TrainMetrics(device, divergence_threshold(args.noise_offset, args.temporal_loss_weight))
+    return TrainingState(model.train(), model, ema, optimizer, scaler, metrics)
 
 
-def restore(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Namespace, epoch_steps: int) -> None:
-    """Go on where a checkpoint stands; another batch size or number of processes goes on
-    at the same clip of the epoch.
+def to_checkpoint(state: TrainingState, args: argparse.Namespace, epoch_steps: int) -> dict[str, Any]:
+    """What `restore` and sampling read: training goes on exactly, and sampling needs no flag.
 
-    Raises: ValueError: if its weights, moments or random state do not fit its model_config.
+    Args:
+        epoch_steps: optimiser steps of an epoch.
     """
-    source = f"{args.out_dir}/last.pt"
+    epoch, step_in_epoch = divmod(state.data_step, epoch_steps)
+    diffusion = {"timesteps": args.timesteps, "schedule": args.beta_schedule, "noise_offset": args.noise_offset}
+    return {
+        "step": state.step,
+        "epoch": epoch,
+        "step_in_epoch": step_in_epoch,
+        "model": state.model.state_dict(),
+        "ema": state.ema.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "lr_scheduler": state.lr_schedule,
+        "scaler": state.scaler.state_dict(),
+        "rng": {"torch": torch.get_rng_state()},  # for completeness: every draw of ours has a generator of its own
+        "model_config": model_config_of(args),
+        "diffusion_config": diffusion,
+        "clip_config": {name: getattr(args, name) for name in ("num_frames", "size", "frame_stride", "color_mode")},
+        "args": {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS},
+        "history": state.history,
+        "best_val_loss": state.best_val_loss,
+    }
+
+
+def restore(
+    state: TrainingState, checkpoint: dict[str, Any], clips_per_step: int, epoch_steps: int, source: object
+) -> None:
+    """Go on where a checkpoint (of `load_latest`, its file `source`) stands.
+
+    Another batch size or number of processes goes on at the same clip of the epoch.
+
+    Args:
+        clips_per_step: now, of all processes.
+        epoch_steps: optimiser steps of an epoch, now.
+    """
     load_weights(state.model, checkpoint["model"], source)
     load_weights(state.ema, checkpoint["ema"], source)
-    check_moments(state, checkpoint, source)
     ours = state.optimizer.state_dict()["param_groups"]  # settings are this command's, moments the checkpoint's
     state.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": ours})
     for parameter, moments in state.optimizer.state.items():  # a run of another memory layout may have saved them
@@ -216,103 +221,60 @@ def restore(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Nam
     if checkpoint["scaler"]:  # that of a run without fp16 is empty
         state.scaler.load_state_dict(checkpoint["scaler"])
     stored = checkpoint["args"]
-    clips_done = (
-        checkpoint["step_in_epoch"] * stored["batch_size"] * stored["grad_accum"] * (stored.get("processes") or 1)
-    )
-    step_in_epoch = clips_done // (args.batch_size * args.grad_accum * args.processes)
+    stored_clips_per_step = stored["batch_size"] * stored["grad_accum"] * (stored.get("processes") or 1)
+    step_in_epoch = checkpoint["step_in_epoch"] * stored_clips_per_step // clips_per_step
     state.step = checkpoint["step"]
-    state.position = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
+    state.data_step = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
     state.best_val_loss, state.history = checkpoint["best_val_loss"], checkpoint["history"]
-    sums = [float(state.history["sums"].get(name) or 0) for name in Tally.NAMES]
-    state.tally.values = torch.tensor(sums, dtype=torch.float64, device=state.tally.values.device)
-    state.plan = checkpoint["lr_scheduler"]
+    sums = [float(state.history["sums"].get(name) or 0) for name in TrainMetrics.NAMES]
+    state.metrics.values = state.metrics.values.new_tensor(sums)
+    state.lr_schedule = checkpoint["lr_scheduler"]
     torch.set_rng_state(checkpoint["rng"]["torch"])
 
 
-def check_moments(state: TrainingState, checkpoint: dict[str, Any], source: str) -> None:
-    """Raises: ValueError: unless the optimiser's, the scaler's and the random state are those of this network."""
-    moments = checkpoint["optimizer"]["state"]
-    parameters = list(state.model.parameters())
-    fine = not moments or list(moments) == list(range(len(parameters)))
+def check_resumable(checkpoint: dict[str, Any], source: object) -> None:
+    """Refuse weights, moments, scaler or random state that do not fit the checkpoint's model_config.
+
+    Raises: ValueError: naming the file.
+    """
+    try:
+        model = build_model(checkpoint["model_config"], "meta")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    for name in ("model", "ema"):
+        load_weights(model, checkpoint[name], source)
+    moments, parameters = checkpoint["optimizer"]["state"], list(model.parameters())
+    sound = not moments or list(moments) == list(range(len(parameters)))
     for entry, parameter in zip(moments.values(), parameters, strict=False):
-        fine = fine and isinstance(entry, dict) and set(entry) == {"step", "exp_avg", "exp_avg_sq"}
-        fine = fine and all(isinstance(value, Tensor) and value.dtype == torch.float32 for value in entry.values())
-        fine = fine and entry["exp_avg"].shape == entry["exp_avg_sq"].shape == parameter.shape
-        fine = fine and entry["step"].shape == ()
-    if not fine:
+        sound = sound and isinstance(entry, dict) and set(entry) == {"step", "exp_avg", "exp_avg_sq"}
+        sound = sound and all(isinstance(value, Tensor) and value.dtype == torch.float32 for value in entry.values())
+        sound = sound and entry["exp_avg"].shape == entry["exp_avg_sq"].shape == parameter.shape
+        sound = sound and entry["step"].shape == ()
+    if not sound:
         raise ValueError(f"{source}: the optimizer's state does not fit its model_config")
     known = set(torch.amp.GradScaler("cpu").state_dict())
     if checkpoint["scaler"] and (set(checkpoint["scaler"]) != known or None in checkpoint["scaler"].values()):
         raise ValueError(f"{source}: scaler must hold {', '.join(sorted(known))}")
-    if checkpoint["rng"]["torch"].shape != torch.get_rng_state().shape:
-        raise ValueError(f"{source}: rng['torch'] must be a state of torch's generator")
+    rng = checkpoint["rng"]["torch"]
+    if rng.dtype != torch.uint8 or rng.shape != torch.get_rng_state().shape:
+        raise ValueError(f"{source}: rng.torch must be a state of torch's generator")
 
 
-def load_resumable(folder: Path) -> tuple[dict[str, Any], Path]:
-    """The checkpoint to go on from, and its file: last.pt, or prev.pt with a loud line where last.pt is damaged.
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * model, over all parameters at once."""
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
 
-    Raises: ValueError: naming the file, if neither can be read.
+
+@torch.no_grad()
+def probe_loss(state: TrainingState, schedule: DiffusionSchedule, weight: float, dtype: torch.dtype | None) -> float:
+    """The loss of the first batch since the start under the weights as they are now: are they sound?
+
+    0 before the first step. The host waits for the device.
     """
-    last, previous = folder / "last.pt", folder / "prev.pt"
-    try:
-        return load_trained(last), last
-    except ValueError as error:
-        if not previous.is_file():
-            raise
-        checkpoint = load_trained(previous)
-        print(f"WARNING: {error}: going on from {previous}, step {checkpoint['step']}", file=sys.stderr)
-        return checkpoint, previous
-
-
-def load_trained(path: Path) -> dict[str, Any]:
-    """A checkpoint whose weights are those of its model_config.
-
-    Raises: ValueError: naming the file, if it cannot be read or they are not.
-    """
-    checkpoint = load_checkpoint(path)
-    for name in ("model", "ema"):
-        try:
-            model = build_model(checkpoint["model_config"], "meta")
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        load_weights(model, checkpoint[name], path)
-    return checkpoint
-
-
-def save(
-    path: Path, state: TrainingState, args: argparse.Namespace, epoch_steps: int, previous: Path | None = None
-) -> None:
-    """Write a checkpoint from which training goes on exactly, and sampling needs no flag.
-
-    Args:
-        path: the file to be.
-        state: what it carries on.
-        args: the run's arguments.
-        epoch_steps: optimiser steps of an epoch.
-        previous: where the checkpoint that is at `path` now is kept; None = it goes.
-
-    Raises: OSError: if the file cannot be written.
-    """
-    epoch, step_in_epoch = divmod(state.position, epoch_steps)
-    contents = {
-        "step": state.step,
-        "epoch": epoch,
-        "step_in_epoch": step_in_epoch,
-        "model": state.model.state_dict(),
-        "ema": state.ema.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "lr_scheduler": state.plan,
-        "scaler": state.scaler.state_dict(),
-        "rng": {"torch": torch.get_rng_state()},  # for completeness: every draw of ours has a generator of its own
-        "model_config": model_config_of(args),
-        "diffusion_config": {
-            "timesteps": args.timesteps,
-            "schedule": args.beta_schedule,
-            "noise_offset": args.noise_offset,
-        },
-        "clip_config": {name: getattr(args, name) for name in ("num_frames", "size", "frame_stride", "color_mode")},
-        "args": {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS},
-        "history": state.history,
-        "best_val_loss": state.best_val_loss,
-    }
-    save_checkpoint(path, contents, previous)
+    if state.probe_batch is None:
+        return 0.0
+    with autocast(state.metrics.values.device, dtype):
+        # not called by its name: torch.compile would make another version, without gradients
+        terms = diffusion_loss(state.model.forward, schedule, *state.probe_batch, weight)
+    return terms.total.mean().item()

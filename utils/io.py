@@ -9,6 +9,7 @@ import struct
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -173,7 +174,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path, previous: Path | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A file whose bytes take the place of `path` once they are whole.
 
     They go to a temporary name in the same folder and are flushed to disk first, and the folder after them, so that
@@ -194,7 +195,7 @@ def replacing(path: str | Path, previous: Path | None = None) -> Iterator[Binary
         if previous is not None and path.is_file():
             second_name(path, previous)
         temporary.replace(path)
-        sync_folder(path.parent)
+        fsync_dir(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -213,7 +214,7 @@ def second_name(path: Path, other: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Put the folder's own entries on the disk, where the system can."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -249,7 +250,34 @@ def is_running(process: int) -> bool:
     return True
 
 
+def save_training_curves(file: Path | BinaryIO, history: dict[str, Any], file_format: str = "png") -> bool:
+    """Plot losses and PSNR over steps; returns False, having done nothing, where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, quality = figure.subplots(1, 2)
+    loss.plot(*zip(*history["train"], strict=True), label="training", alpha=0.5)
+    epochs = history["epochs"]
+    if epochs:
+        steps = [entry["step"] for entry in epochs]
+        loss.plot(steps, [entry["val_loss"] for entry in epochs], "o-", label="validation (EMA)")
+        for key, label in (("psnr", "generated"), ("psnr_cross_fade", "cross-fade")):
+            shown = [(entry["step"], entry[key]) for entry in epochs if key in entry]
+            if shown:
+                quality.plot(*zip(*shown, strict=True), "o-", label=label)
+                quality.legend()
+    loss.set(xlabel="step", ylabel="loss", yscale="log")
+    loss.legend()
+    quality.set(xlabel="step", ylabel="PSNR of the middle, dB")
+    figure.savefig(file, format=file_format, dpi=120)
+    return True
+
+
 def save_json(path: str | Path, value: Any) -> None:
     """Write a readable JSON file, atomically."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())

@@ -44,15 +44,24 @@ def resize_and_crop(frames: Tensor, size: int) -> Tensor:
     return transforms.center_crop(transforms.resize(frames, [size], antialias=True), [size, size])
 
 
+def middle_length(num_frames: int, endpoint_context: int) -> int:
+    """Frames M to generate in a clip of T frames of which K are observed at each end.
+
+    Raises: ValueError: unless T > 2 * K, as otherwise there is no middle.
+    """
+    if num_frames <= 2 * endpoint_context:
+        rule = "num_frames must exceed 2 * endpoint_context so that a middle exists"
+        raise ValueError(f"{rule} (got num_frames {num_frames}, endpoint_context {endpoint_context})")
+    return num_frames - 2 * endpoint_context
+
+
 def split_clip(clip: Tensor, endpoint_context: int) -> tuple[Tensor, Tensor, Tensor]:
     """start_context, middle, end_context of a clip [B,C,T,H,W], as views of it.
 
     Raises: ValueError: unless T > 2 * endpoint_context, as otherwise there is no middle.
     """
-    k = endpoint_context
-    if clip.shape[2] <= 2 * k:
-        raise ValueError(f"a clip must exceed 2 * {k} observed frames so that a middle exists (got {clip.shape[2]})")
-    return clip[:, :, :k], clip[:, :, k:-k], clip[:, :, -k:]
+    k, m = endpoint_context, middle_length(clip.shape[2], endpoint_context)
+    return clip[:, :, :k], clip[:, :, k : k + m], clip[:, :, k + m :]
 
 
 def join_clip(start_context: Tensor, middle: Tensor, end_context: Tensor) -> Tensor:
@@ -67,16 +76,17 @@ def cross_fade(start_context: Tensor, end_context: Tensor, num_middle: int) -> T
     return torch.lerp(start_context[:, :, -1:], end_context[:, :, :1], weight)
 
 
+def as_double(values: Tensor) -> Tensor:
+    """Values as float64 where they are, or on the CPU if they are on MPS, which has no float64."""
+    return values.cpu().double() if values.device.type == "mps" else values.double()
+
+
 def frame_psnr(frames: Tensor, truth: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of every frame on 8-bit values.
 
-    Args:
-        frames: [B,C,T,H,W] in [-1, 1].
-        truth: the same shape.
-
-    Returns: [B,T] float64 in dB; a frame without error counts as 100 dB.
+    Both are [B,C,T,H,W] in [-1, 1]. Returns: [B,T] float64 in dB; a frame without error counts as 100 dB.
     """
-    difference = to_uint8(frames).double() - to_uint8(truth).double()
+    difference = as_double(to_uint8(frames)) - as_double(to_uint8(truth))
     mse = difference.square().mean(dim=(1, 3, 4))  # [B,T]
     return (10 * torch.log10(255**2 / mse)).clamp(max=PSNR_CEILING)
 

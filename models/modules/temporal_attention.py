@@ -28,7 +28,7 @@ class TemporalAttention(nn.Module):
     """Self-attention with a fused qkv projection and an output projection over tokens [N,M,C].
 
     The attention is written as two matrix products: with a handful of frames and tens of thousands of rows it is the
-    faster form in training (benchmarks/bench_forms.py), and CUDA's fused kernels refuse more than 65,535 rows (pytorch
+    faster form in training (benchmarks/LOG.md), and CUDA's fused kernels refuse more than 65,535 rows (pytorch
     issue 142228).
 
     Raises: ValueError: if the channels do not divide into the heads.

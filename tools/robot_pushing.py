@@ -25,9 +25,10 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from utils.processes import map_in_processes
+
 from utils.flags import Parser, non_negative_int, nonempty_path, positive_int
 from utils.io import replacing, save_mp4
-from utils.processes import map_in_processes
 
 FRAMES, SIZE, FPS = 30, 64, 10
 RENDERED = 256  # pixels; averaged down to SIZE

@@ -27,10 +27,11 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from utils.processes import map_in_processes
+
 from data.video_reader import DECODE_ERRORS, probe_video, read_frames
 from utils.flags import Parser, nonempty_path, positive_int
 from utils.io import save_mp4
-from utils.processes import map_in_processes
 
 FRAMES, SIZE, FPS = 30, 64, 10
 LITERATURE_VIEW = "image_aux1"

@@ -4,8 +4,10 @@ In a run of one process every function does what one process needs, so that call
 """
 
 import contextlib
+import multiprocessing
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -21,14 +23,24 @@ from torch.nn.parallel import DistributedDataParallel
 # vanishes without a word, and for the first look at a large data folder, during which the others wait.
 STEP_TIMEOUT = timedelta(minutes=30)
 PREPARATION_TIMEOUT = timedelta(days=1)
-WAITING_ROOM: list[dist.ProcessGroup] = []  # of the one run of this process
-LOSS_OF_PEER = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo/transport", "nccl")
+PREPARATION_GROUP: list[dist.ProcessGroup] = []  # of the one run of this process
+LOST_PEER_SIGNS = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo/transport", "nccl")
 
 Result = TypeVar("Result")
 
 
 class PeerLostError(RuntimeError):
     """Another process of the run ended or fell silent."""
+
+
+class Silent:
+    """Stands in for a logger or a checkpointer off rank 0: every method does nothing and returns None."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+# --- who this process is ----------------------------------------------------------------------------------------------
 
 
 def world_size() -> int:
@@ -43,17 +55,40 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is rank 0, which writes and prints."""
     return rank() == 0
 
 
-def processes_here() -> int:
+def local_world_size() -> int:
     """How many processes of the run are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
-def join(device: torch.device) -> torch.device:
-    """Meet the other processes, over NCCL on GPUs and gloo on CPUs; returns the device of this one.
+def rank_slice(count: int) -> range:
+    """The stretch of range(count) that is this process's; their sizes differ by one at most."""
+    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def print0(*values: Any) -> None:
+    """Print on rank 0 alone what all processes would print alike."""
+    if is_main():
+        print(*values, flush=True)
+
+
+def launch_command(script: str, *words: str) -> str:
+    """The command line that starts a script as this run was started."""
+    if world_size() == 1:
+        return shlex.join([Path(sys.executable).name, script, *words])
+    if local_world_size() < world_size():
+        return f"torchrun (with its options of before, on every machine) {shlex.join([script, *words])}"
+    return shlex.join(["torchrun", "--nproc_per_node", str(local_world_size()), script, *words])
+
+
+# --- begin and end ----------------------------------------------------------------------------------------------------
+
+
+def init_distributed(device: torch.device) -> torch.device:
+    """Initialise the process group, NCCL on GPUs and gloo on CPUs; returns the device of this process.
 
     Raises: ValueError: if this machine has not a GPU for each of its processes, one was named for all of them, or they
         could not meet.
@@ -71,32 +106,25 @@ def join(device: torch.device) -> torch.device:
     try:
         # what is on the CPU, such as a signal that came, never waits for a GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
-        WAITING_ROOM[:] = [dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)]
+        PREPARATION_GROUP[:] = [dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)]
     except RuntimeError as error:
         raise ValueError(f"the {world_size()} processes could not meet ({first_words(error)})") from error
     return device
 
 
-def leave() -> None:
-    """Part from the other processes, if there are any."""
+def cleanup() -> None:
+    """Destroy the process group, if one was initialised."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def only_main_speaks() -> Iterator[None]:
-    """What all processes would print alike is printed by one; errors and warnings are still everybody's."""
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
-        yield
-
-
-@contextlib.contextmanager
-def watching_peers() -> Iterator[None]:
+def watch_peers() -> Iterator[None]:
     """Raises: PeerLostError: in place of what torch says, if another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        if not dist.is_initialized() or not any(sign in str(error).lower() for sign in LOSS_OF_PEER):
+        if not dist.is_initialized() or not any(sign in str(error).lower() for sign in LOST_PEER_SIGNS):
             raise
         raise PeerLostError(
             f"process {rank()} of {world_size()} ends, as another one is gone or cannot be reached; the same torchrun "
@@ -109,7 +137,57 @@ def first_words(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def take_turns(prepare: Callable[[], Result]) -> Result:
+def kill_loading_processes() -> None:
+    """Kill and reap what multiprocessing started here: it outlives a signal, and Python would wait for it."""
+    # torch's handler would take it for an accident; Windows has no such signal
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if hasattr(signal, "SIGCHLD") else None
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+# The last is what batch systems send ahead of time; Windows does not have it.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class StopRequest:
+    """Remembers the first of STOP_SIGNALS, so that the loop can stop between two steps; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def worker_init_fn(worker: int) -> None:
+    """A loading process leaves stopping to the main one, even where a signal goes to the whole process group.
+
+    Its death would break the main process in the middle of a save. The second SIGTERM ends it, as torch's own shutdown
+    of a stuck process needs.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+# --- together ---------------------------------------------------------------------------------------------------------
+
+
+def main_process_first(prepare: Callable[[], Result]) -> Result:
     """prepare() by the first process of all, then by the first of every machine, then by those that find it done."""
     if world_size() == 1:
         return prepare()
@@ -117,11 +195,11 @@ def take_turns(prepare: Callable[[], Result]) -> Result:
     for turn in range(3):
         if turn == mine:
             result = prepare()
-        dist.barrier(WAITING_ROOM[0])
+        dist.barrier(PREPARATION_GROUP[0])
     return result
 
 
-def check_alike(what: str, value: Any) -> None:
+def check_consistency(what: str, value: Any) -> None:
     """Raises: ValueError: unless `value`, which each process read from a disk, is the same in all of them."""
     if world_size() == 1:
         return
@@ -131,20 +209,20 @@ def check_alike(what: str, value: Any) -> None:
         raise ValueError(f"{what} must be the same for all processes of a run (got {', '.join(map(str, values))})")
 
 
-def averaging_gradients(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, in a wrapper that averages its gradients over all processes during each backward pass."""
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, wrapped so that each backward pass averages its gradients over all processes."""
     if world_size() == 1:
         return model
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
-def without_averaging(model: nn.Module) -> contextlib.AbstractContextManager:
+def no_sync(model: nn.Module) -> contextlib.AbstractContextManager:
     """Within it, gradients only add up in each process: for all backward passes of a step but the last."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def mean(value: Tensor) -> Tensor:
+def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes, on its device."""
     if world_size() > 1:
         dist.all_reduce(value)
@@ -152,7 +230,7 @@ def mean(value: Tensor) -> Tensor:
     return value
 
 
-def total(*values: float) -> list[float]:
+def all_reduce_sum(*values: float) -> list[float]:
     """The sum of each number over all processes."""
     sums = torch.tensor(values, dtype=torch.float64)
     if world_size() > 1:
@@ -160,7 +238,7 @@ def total(*values: float) -> list[float]:
     return sums.tolist()
 
 
-def highest(*values: int) -> list[int]:
+def all_reduce_max(*values: int) -> list[int]:
     """The highest of each number over all processes."""
     numbers = torch.tensor(values)
     if world_size() > 1:
@@ -169,23 +247,9 @@ def highest(*values: int) -> list[int]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value in order, in the main one; nothing in the others."""
+    """Every process's value in order, on rank 0; nothing on the others."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if is_main() else None
     dist.gather_object(value, values)
     return values or []
-
-
-def share(count: int) -> range:
-    """The stretch of range(count) that is this process's; their sizes differ by one at most."""
-    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
-
-
-def launch_command(script: str, *words: str) -> str:
-    """The command line that starts a script as this run was started."""
-    if world_size() == 1:
-        return shlex.join([Path(sys.executable).name, script, *words])
-    if processes_here() < world_size():
-        return f"torchrun (with its options of before, on every machine) {shlex.join([script, *words])}"
-    return shlex.join(["torchrun", "--nproc_per_node", str(processes_here()), script, *words])

@@ -1,0 +1,132 @@
+"""When a run's checkpoints are written, and which of them a run goes on from."""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from training.state import TrainingState, check_resumable
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.io import remove_stale_temporaries
+
+
+class Checkpointer:
+    """Writes last.pt (keeping the one before as prev.pt) and best.pt.
+
+    One that cannot be written costs a line, not the run. One whose weights are diverged is not written.
+
+    Args:
+        out_dir: the run's folder.
+        last_is_whole: whether last.pt is known to be readable, and so worth keeping as prev.pt.
+        contents: gives what is to be saved.
+        probe_loss: gives the loss of some batch under the weights that are to be saved.
+        every_steps: steps between saves; 0 = none.
+        every_minutes: minutes between saves; 0 = none.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        last_is_whole: bool,
+        contents: Callable[[], dict[str, Any]],
+        probe_loss: Callable[[], float],
+        every_steps: int = 0,
+        every_minutes: float = 0.0,
+    ):
+        self.out_dir = out_dir
+        self.last_is_whole = last_is_whole
+        self.contents = contents
+        self.probe_loss = probe_loss
+        self.every_steps = every_steps
+        self.every_minutes = every_minutes
+        self.failure: OSError | FloatingPointError | None = None  # of the newest attempt at last.pt
+        self.tried_at = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether a save is due after this step."""
+        minutes = (time.monotonic() - self.tried_at) / 60
+        by_steps = self.every_steps and step % self.every_steps == 0
+        return bool(by_steps or (self.every_minutes and minutes >= self.every_minutes))
+
+    def save_best(self, state: TrainingState, val_loss: float) -> None:
+        """Write best.pt if this is the lowest loss; if that fails, the best before stays the one to beat."""
+        before = state.best_val_loss
+        if val_loss < before:
+            state.best_val_loss = val_loss
+            if self._save("best.pt", state, None):
+                state.best_val_loss = before
+
+    def save_last(self, state: TrainingState) -> None:
+        """Write last.pt, and keep the one before it as prev.pt."""
+        self.tried_at = time.monotonic()
+        self.failure = self._save("last.pt", state, self.out_dir / "prev.pt" if self.last_is_whole else None)
+        self.last_is_whole |= self.failure is None
+
+    def raise_failure(self) -> None:
+        """Raises: FloatingPointError or ValueError: if the newest attempt at last.pt failed."""
+        if isinstance(self.failure, FloatingPointError):
+            raise self.failure
+        if self.failure:
+            lost = "the work since the last save is lost, as it could not be written"
+            raise ValueError(f"--out_dir {self.out_dir}: {lost}")
+
+    def _save(self, name: str, state: TrainingState, previous: Path | None) -> OSError | FloatingPointError | None:
+        failure: OSError | FloatingPointError
+        try:
+            loss, threshold = self.probe_loss(), state.metrics.threshold
+            if loss <= threshold:  # not so where it is no number
+                save_checkpoint(self.out_dir / name, self.contents(), previous)
+                return None
+            failure = FloatingPointError(
+                f"{self.out_dir / name} is not written: the weights after step {state.step} are diverged, their loss "
+                f"must be at most {threshold:g} (got {loss:g}; a lower --lr or --warmup_steps may help)"
+            )
+        except OSError as error:
+            failure = error
+        tqdm.write(f"WARNING: {failure}; what was saved before is untouched", file=sys.stderr)
+        return failure
+
+
+def load_latest(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The checkpoint to go on from, and its file: last.pt, or prev.pt with a loud line where last.pt is damaged.
+
+    Raises: ValueError: naming the file, if neither can be resumed from.
+    """
+    last, previous = folder / "last.pt", folder / "prev.pt"
+    try:
+        return load_resumable(last), last
+    except ValueError as error:
+        if not previous.is_file():
+            raise
+        checkpoint = load_resumable(previous)
+        print(f"WARNING: {error}: going on from {previous}, step {checkpoint['step']}", file=sys.stderr)
+        return checkpoint, previous
+
+
+def load_resumable(path: Path) -> dict[str, Any]:
+    """A checkpoint whose weights, moments and random state fit its model_config.
+
+    Raises: ValueError: naming the file, if it cannot be read or they do not.
+    """
+    checkpoint = load_checkpoint(path)
+    check_resumable(checkpoint, path)
+    return checkpoint
+
+
+def make_out_dir(out_dir: Path, cache_dir: str, empty: bool) -> None:
+    """Make the run's folder, without what killed processes left behind there and in the cache.
+
+    Raises: ValueError: if it cannot be made.
+    """
+    if empty:
+        shutil.rmtree(out_dir, ignore_errors=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out_dir {out_dir}: cannot be made ({error.strerror})") from error
+    remove_stale_temporaries(out_dir)
+    remove_stale_temporaries(Path(cache_dir), untouched=3600)  # half a cache of frames is large

@@ -1,0 +1,181 @@
+"""What a run leaves behind beside its weights: metrics.jsonl, run.json, previews, curves, and what the screen shows."""
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.video_unet3d import blind_levels
+from training.distributed import print0
+from training.state import TrainingState, get_lr
+from utils.device import describe_machine
+from utils.io import (
+    atomic_write,
+    contact_sheet,
+    enlarge,
+    observed_frames,
+    save_json,
+    save_mp4,
+    save_png,
+    save_training_curves,
+)
+from utils.video_utils import to_uint8
+
+
+class Logger:
+    """Writes a run's records, TensorBoard events where asked, and a progress bar or lines.
+
+    Nothing here ends a run: what cannot be written costs a warning.
+
+    Args:
+        out_dir: the run's folder.
+        state: where the run begins; later lines of metrics.jsonl, of work that was lost, are removed.
+        device: whose memory is logged.
+        tensorboard_dir: where TensorBoard events go; None = none are written.
+
+    Raises: ValueError: if TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, out_dir: Path, state: TrainingState, device: torch.device, tensorboard_dir: Path | None = None):
+        self.out_dir = out_dir
+        self.device = device
+        self.path = out_dir / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if state.step and self.path.is_file() else []
+        kept = "".join(f"{line}\n" for line in lines if step_of(line) <= state.step)
+        with warn_if_unwritable(self.path), atomic_write(self.path) as file:
+            file.write(kept.encode())
+        self.tensorboard = None
+        if tensorboard_dir is not None:
+            if find_spec("tensorboard") is None:
+                raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=state.step + 1 if state.step else None)
+        self.bar = tqdm(total=state.total_steps, initial=state.step, desc="training", unit="step", disable=None)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin to measure clips per second anew."""
+        self.clips, self.since = 0, time.perf_counter()
+
+    def count_step(self, clips: int) -> None:
+        """One more step is done, over so many clips of all processes."""
+        self.clips += clips
+        self.bar.update()
+
+    def log_run(self, args: dict[str, Any]) -> None:
+        """Write run.json: arguments, versions, git commit and whether the tree was clean, device."""
+        with warn_if_unwritable(self.out_dir / "run.json"):
+            save_json(self.out_dir / "run.json", {"args": args} | describe_machine(self.device))
+
+    def log_train(self, state: TrainingState, epoch: float, loss: float | None, grad_norm: float) -> None:
+        """A line for the steps since the last one; a loss of None = no step had a finite one."""
+        lr = get_lr(state.step - 1, state.lr_schedule)
+        speed = self.clips / (time.perf_counter() - self.since)  # the device is done with them: the loss was read
+        is_cuda = self.device.type == "cuda"
+        values = {
+            "epoch": epoch,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            **state.metrics.bad_steps(),
+            "clips_per_second": speed,
+            "gpu_memory_mib": torch.cuda.max_memory_allocated(self.device) / 2**20 if is_cuda else None,
+        }
+        self._log("train", state.step, values)
+        self.bar.set_postfix(loss=loss_text(loss))
+        if self.bar.disable:
+            print(f"step {state.step}  loss {loss_text(loss)}  lr {lr:.2e}  {speed:.1f} clips/s", flush=True)
+        self.restart_clock()
+
+    def log_epoch(self, entry: dict[str, Any], epochs: int, state: TrainingState) -> None:
+        """A line for an epoch: losses and, where a preview was made, its scores; the curves then, and at the end."""
+        losses = f"training loss {loss_text(entry['train_loss'])}  validation loss {entry['val_loss']:.4f}"
+        scores = ""
+        if "psnr" in entry:
+            scores = f"  middle PSNR {entry['psnr']:.2f} dB (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
+        tqdm.write(f"epoch {entry['epoch']}/{epochs}  {losses}{scores}")
+        self._log("val", entry["step"], {name: value for name, value in entry.items() if name != "step"})
+        if "psnr" in entry or state.finished:
+            with warn_if_unwritable(self.out_dir / "training_curves.png"):
+                save_training_curves(self.out_dir / "training_curves.png", state.history)
+
+    def log_preview(self, name: str, step: int, endpoint_context: int, clip: Tensor, generated: Tensor) -> None:
+        """Write NAME.png, a sheet of true rows above generated ones, and NAME.mp4 of the same.
+
+        Both clips are [B,C,T,H,W] in [-1, 1].
+        """
+        stem = self.out_dir / name
+        truth, made = to_uint8(clip).cpu(), to_uint8(generated).cpu()
+        rows = [row for pair in zip(truth, made, strict=True) for row in pair]
+        sheet = contact_sheet(rows, observed_frames(clip.shape[2], endpoint_context))
+        video = torch.cat([torch.cat(list(truth), dim=3), torch.cat(list(made), dim=3)], dim=2)  # [C,T,2H,B*W]
+        with warn_if_unwritable(stem):
+            save_png(stem.with_suffix(".png"), sheet)
+            save_mp4(stem.with_suffix(".mp4"), enlarge(video, clip.shape[-1]), fps=8)
+        if self.tensorboard is not None:
+            self.tensorboard.add_image("preview", sheet, step)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        self.bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _log(self, kind: str, step: int, values: dict[str, float | None]) -> None:
+        with warn_if_unwritable(self.path), self.path.open("a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for name, value in values.items() if self.tensorboard is not None else ():
+            if value is not None:
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+
+def describe_run(args: argparse.Namespace, state: TrainingState, clips: str, amp_dtype: torch.dtype | None) -> None:
+    """Print what is about to happen, and what a flag does not do here."""
+    parameters, device = sum(p.numel() for p in state.model.parameters()), state.metrics.values.device
+    precision = {None: "float32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast"}[amp_dtype]
+    at_once = f"; {args.processes} processes, {args.processes * args.batch_size} clips at once"
+    print0(
+        f"{clips}; {parameters:,} parameters; {device}, {precision}; steps {state.step + 1} to {state.total_steps}"
+        + at_once * (args.processes > 1)
+    )
+    if args.amp and device.type != "cuda":
+        print0(f"--amp does nothing on {device.type}: training in float32")
+    if not args.cfg_drop_prob and args.vis_every and args.vis_guidance_scale != 1:
+        print0("note: --cfg_drop_prob 0 trains no unconditional branch: previews need --vis_guidance_scale 1")
+    blind = ", ".join(map(str, blind_levels(args.base_channels, args.channel_mults)))
+    if blind:
+        remedy = "--base_channels of 3 * 2^n, such as 24, 48 or 96, keeps it"
+        print0(f"note: at level {blind} norms have one channel per group and erase the time embedding; {remedy}")
+
+
+@contextlib.contextmanager
+def warn_if_unwritable(path: Path) -> Iterator[None]:
+    """Something that a run can do without: if it cannot be written, a line says so."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"WARNING: {path} could not be written ({error.strerror or error})", file=sys.stderr)
+
+
+def loss_text(loss: float | None) -> str:
+    """A mean loss as it is printed; None is that of no step with finite gradients."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that was cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
