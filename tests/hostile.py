@@ -2,8 +2,8 @@
 
     python tests/hostile.py FOLDER
 
-writes all of them below FOLDER, for a look with other programs. Each file is made by one small function, whose name is
-the hazard.
+writes all of them below FOLDER, for a look with other programs. Each file is made by a function of its path, by whose
+name in GOOD, BAD, GOOD_IMAGES or BAD_IMAGES the hazard is known.
 """
 
 import io
@@ -11,13 +11,17 @@ import os
 import struct
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import numbered_frames, write_mp4  # noqa: E402
+if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from conftest import numbered_frames, write_mp4
 
 FRAMES = 24
 

@@ -253,7 +253,7 @@ def test_memory_layout_and_activation_checkpointing_change_nothing_but_rounding(
     model = tiny()
     other = copy.deepcopy(model)
     if form == "layout":
-        other.lay_out()  # on a CPU: channels last
+        other.set_memory_format()  # on a CPU: channels last
         assert model.stem.weight.is_contiguous() and not other.stem.weight.is_contiguous()
     else:
         other.activation_checkpointing = True

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.sampler import SPACINGS, dynamic_thresholding, forwards_per_clip, sample_middle, visited_timesteps
+from diffusion.pipeline import forwards_per_clip
+from diffusion.sampler import SPACINGS, dynamic_thresholding, sample_middle, visited_timesteps
 from diffusion.schedule import DiffusionSchedule
 
 SCHEDULE = DiffusionSchedule()
+ORACLE = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}  # diffusers' words for it
 
 
 class CountingModel:
@@ -54,6 +56,13 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def sample(model=None, ends=None, **changes):
+    """The middle that `sample_middle` draws, and the state that its callback saw at every step."""
+    states, settings = [], {"num_middle": 2, "generator": generators(5, 6)}
+    settings |= {"callback": lambda **state: states.append(state)} | changes
+    return sample_middle(model or CountingModel(), SCHEDULE, *(ends or contexts()), **settings), states
+
+
 def test_linspace_runs_evenly_from_full_noise_to_the_first_index():
     assert visited_timesteps(1000, 1) == [999]
     assert visited_timesteps(1000, 5) == [999, 749, 500, 250, 0]
@@ -75,7 +84,7 @@ def test_every_spacing_visits_distinct_falling_timesteps_from_full_noise(spacing
         assert visited[0] == 999 and len(set(visited)) == steps and visited == sorted(visited, reverse=True)
     assert visited_timesteps(1000, 1000, spacing) == list(range(999, -1, -1))
     for steps in (0, 1001):
-        with pytest.raises(ValueError, match=r"--steps must lie in \[1, 1000\]"):
+        with pytest.raises(ValueError, match=r"steps must lie in \[1, 1000\]"):
             visited_timesteps(1000, steps, spacing)
 
 
@@ -91,9 +100,7 @@ def test_spacings_are_those_that_diffusers_calls_by_these_names():
 @pytest.mark.parametrize("clip_x0", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_returns_a_point_mass_exactly(clip_x0, eta):
-    middle = sample_middle(
-        ExactModel(0.3, 0.0), SCHEDULE, *contexts(), num_middle=3, steps=20, eta=eta, clip_x0=clip_x0
-    )
+    middle, _ = sample(ExactModel(0.3, 0.0), num_middle=3, steps=20, eta=eta, clip_x0=clip_x0)
     # the last clean prediction is returned as it is; float32 rounding of values near 1
     torch.testing.assert_close(middle, torch.full_like(middle, 0.3), rtol=0, atol=1e-6)
 
@@ -111,10 +118,8 @@ def gaussian_ddim_std(std, steps):
 
 @pytest.mark.parametrize(("steps", "published"), [(10, 0.42), (40, 0.48), (250, 0.497)])
 def test_ddim_contracts_a_gaussian_as_its_closed_form_says(steps, published):
-    middle = sample_middle(
-        ExactModel(0.3, 0.5), SCHEDULE, *contexts(4, size=32), num_middle=4, steps=steps, clip_x0=False,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    settings = {"num_middle": 4, "clip_x0": False, "generator": torch.Generator().manual_seed(0)}
+    middle, _ = sample(ExactModel(0.3, 0.5), contexts(4, size=32), steps=steps, **settings)
     expected = gaussian_ddim_std(0.5, steps)
     assert expected == pytest.approx(published, abs=2e-3)
     # 49,152 samples: standard errors 0.0023 of the mean and 0.0016 of the deviation; three of each
@@ -126,24 +131,15 @@ def test_ddim_contracts_a_gaussian_as_its_closed_form_says(steps, published):
 @pytest.mark.parametrize("steps", [7, 40])
 def test_whole_trajectory_agrees_with_diffusers(steps, eta):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle: pip install -r requirements-dev.txt")
-    oracle = diffusers.DDIMScheduler(
-        1000,
-        prediction_type="v_prediction",
-        beta_schedule="squaredcos_cap_v2",
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
+    oracle = diffusers.DDIMScheduler(1000, **ORACLE, clip_sample=False, set_alpha_to_one=True)
     # its betas are those of our cosine; the lowest bound of 1e-5 is never reached
     torch.testing.assert_close(oracle.alphas_cumprod.double(), SCHEDULE.alpha_bar, rtol=1e-3, atol=1e-6)
     # at eta 1 it subtracts nearly equal numbers, which a float32 table would round to 0.1 %
     oracle.alphas_cumprod = SCHEDULE.alpha_bar
-    model, (start, end), trajectory = CountingModel(), contexts(), []
-    middle = sample_middle(
-        model, SCHEDULE, start, end, num_middle=4, steps=steps, eta=eta, clip_x0=False, generator=generators(1, 2),
-        callback=lambda **state: trajectory.append(state),
-    )  # fmt: skip
+    model, (start, end) = CountingModel(), contexts()
+    middle, trajectory = sample(model, (start, end), num_middle=4, steps=steps, eta=eta, clip_x0=False)
 
-    noise = generators(1, 2)  # the same streams, drawn per clip as the sampler does
+    noise = generators(5, 6)  # the same streams, drawn per clip as the sampler does
     draw = lambda: torch.stack([torch.randn(3, 4, 8, 8, generator=g) for g in noise])  # noqa: E731
     x = draw()
     features = model.encode_contexts(start, end)
@@ -164,22 +160,17 @@ def test_whole_trajectory_agrees_with_diffusers(steps, eta):
 @pytest.mark.parametrize("steps", [7, 40])
 def test_dpm_solver_trajectory_agrees_with_diffusers(steps):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle: pip install -r requirements-dev.txt")
-    oracle = diffusers.DPMSolverMultistepScheduler(
-        1000, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", solver_order=2,
-        algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=False, final_sigmas_type="zero",
-    )  # fmt: skip
+    rules = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": False}
+    oracle = diffusers.DPMSolverMultistepScheduler(1000, **ORACLE, **rules, final_sigmas_type="zero")
     visited = visited_timesteps(1000, steps)
     oracle.set_timesteps(timesteps=visited)
     # its table of sigma / alpha, in float64 as ours, with the clean end
     level = SCHEDULE.alpha_bar[visited]
     oracle.sigmas = torch.cat([((1 - level) / level).sqrt(), torch.zeros(1, dtype=torch.float64)])
-    model, (start, end), trajectory = CountingModel(), contexts(), []
-    middle = sample_middle(
-        model, SCHEDULE, start, end, num_middle=4, sampler="dpmpp_2m", steps=steps, clip_x0=False,
-        generator=generators(1, 2), callback=lambda **state: trajectory.append(state),
-    )  # fmt: skip
+    model = CountingModel()
+    middle, trajectory = sample(model, num_middle=4, sampler="dpmpp_2m", steps=steps, clip_x0=False)
     x = trajectory[0]["x_t"]
-    features = model.encode_contexts(start, end)
+    features = model.encode_contexts(*contexts())
     for state, t in zip(trajectory, visited, strict=True):
         # float32 rounding of values up to about 4, accumulated over the steps
         torch.testing.assert_close(state["x_t"], x, rtol=1e-4, atol=1e-4)
@@ -189,11 +180,8 @@ def test_dpm_solver_trajectory_agrees_with_diffusers(steps):
 
 def gaussian_error(sampler, steps):
     """How far off the deviation of an exactly denoised N(0.3, 0.5^2) is: the slope from noise to frames, less 0.5."""
-    states = []
-    middle = sample_middle(
-        ExactModel(0.3, 0.5), SCHEDULE, *contexts(1), num_middle=4, sampler=sampler, steps=steps, clip_x0=False,
-        generator=generators(1), callback=lambda **state: states.append(state),
-    )  # fmt: skip
+    settings = {"num_middle": 4, "clip_x0": False, "generator": generators(1)}
+    middle, states = sample(ExactModel(0.3, 0.5), contexts(1), sampler=sampler, steps=steps, **settings)
     x_t = states[0]["x_t"]
     slope = ((middle - middle.mean()) * (x_t - x_t.mean())).sum() / (x_t - x_t.mean()).square().sum()
     return abs(slope.item() - 0.5)
@@ -212,40 +200,26 @@ def test_dpm_solver_converges_in_second_order_where_ddim_does_in_first():
 def test_contexts_are_encoded_once_and_plain_conditional_sampling_runs_one_branch():
     for guidance_scale, batch in ((1.0, 2), (0.0, 2), (1.8, 4)):
         model = CountingModel()
-        sample_middle(model, SCHEDULE, *contexts(), num_middle=2, steps=6, guidance_scale=guidance_scale)
+        sample(model, steps=6, guidance_scale=guidance_scale, generator=None)
         assert model.encoded == 1
         assert model.forwards == [batch] * 6
 
 
 def test_guidance_extrapolates_from_the_unconditional_velocity():
-    start, end = contexts()
-    seen = {}
-    for guidance_scale in (0.0, 1.0, 2.5):
-        sample_middle(
-            CountingModel(), SCHEDULE, start, end, num_middle=2, steps=1, guidance_scale=guidance_scale,
-            generator=generators(5, 6), callback=lambda w=guidance_scale, **state: seen.update({w: state["v"]}),
-        )  # fmt: skip
-    torch.testing.assert_close(seen[2.5], seen[0.0] + 2.5 * (seen[1.0] - seen[0.0]))
-    blank = sample_middle(
-        CountingModel(), SCHEDULE, torch.zeros_like(start), torch.zeros_like(end), num_middle=2, steps=1,
-        generator=generators(5, 6), callback=lambda **state: seen.update(blank=state["v"]),
-    )  # fmt: skip
+    v_0, v_1, v_guided = (sample(steps=1, guidance_scale=scale)[1][0]["v"] for scale in (0.0, 1.0, 2.5))
+    torch.testing.assert_close(v_guided, v_0 + 2.5 * (v_1 - v_0))
+    blank, states = sample(ends=[torch.zeros_like(context) for context in contexts()], steps=1)
     assert blank.shape == (2, 3, 2, 8, 8)
-    torch.testing.assert_close(seen["blank"], seen[0.0])  # the unconditional branch is the one of zero contexts
+    torch.testing.assert_close(states[0]["v"], v_0)  # the unconditional branch is the one of zero contexts
 
 
 def test_outside_the_guidance_interval_one_branch_runs_with_the_result_of_scale_one():
     def run(guidance_scale, interval):
-        model, velocities = CountingModel(), []
-        sample_middle(
-            model, SCHEDULE, *contexts(), num_middle=2, steps=5, guidance_scale=guidance_scale,
-            guidance_interval=interval, generator=generators(5, 6),
-            callback=lambda **state: velocities.append(state["v"]),
-        )  # fmt: skip
-        settings = {"steps": 5, "spacing": "linspace", "guidance_scale": guidance_scale, "guidance_interval": interval}
-        nfe = forwards_per_clip(1000, settings)
+        model, guidance = CountingModel(), {"guidance_scale": guidance_scale, "guidance_interval": interval}
+        _, states = sample(model, steps=5, **guidance)
+        nfe = forwards_per_clip(1000, {"steps": 5, "spacing": "linspace", **guidance})
         assert sum(model.forwards) == 2 * nfe  # two clips
-        return velocities, model.forwards
+        return [state["v"] for state in states], model.forwards
 
     plain, _ = run(1.0, (0.0, 1.0))
     always, both = run(1.8, (0.0, 1.0))
@@ -262,9 +236,9 @@ def test_outside_the_guidance_interval_one_branch_runs_with_the_result_of_scale_
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_a_clip_does_not_depend_on_its_batch(eta):
     start, end = contexts(4)
-    run = lambda rows, generator: sample_middle(  # noqa: E731
-        CountingModel(), SCHEDULE, start[rows], end[rows], num_middle=3, steps=5, eta=eta, generator=generator
-    )
+    run = lambda rows, generator: sample(  # noqa: E731
+        ends=(start[rows], end[rows]), num_middle=3, steps=5, eta=eta, generator=generator
+    )[0]
     together = run([0, 1, 2, 3], generators(10, 11, 12, 13))
     for i in range(4):
         # convolutions of another batch size may round differently
@@ -281,11 +255,7 @@ def test_clipping_bounds_every_prediction_and_re_derives_eps():
         def denoise(self, x_t, t, features):
             return 5 * super().denoise(x_t, t, features)
 
-    states = []
-    middle = sample_middle(
-        Wild(), SCHEDULE, *contexts(), num_middle=2, steps=5, generator=generators(1, 2),
-        callback=lambda **state: states.append(state),
-    )  # fmt: skip
+    middle, states = sample(Wild(), steps=5)
     assert middle.abs().max() <= 1
     for now, after in zip(states, states[1:], strict=False):
         assert now["x0_hat"].abs().max() <= 1
@@ -294,9 +264,7 @@ def test_clipping_bounds_every_prediction_and_re_derives_eps():
         torch.testing.assert_close(
             after["x_t"], SCHEDULE.add_noise(now["x0_hat"], eps, after["t"]), rtol=1e-4, atol=1e-4
         )
-    free = sample_middle(
-        Wild(), SCHEDULE, *contexts(), num_middle=2, steps=5, clip_x0=False, generator=generators(1, 2)
-    )
+    free, _ = sample(Wild(), steps=5, clip_x0=False)
     assert free.abs().max() > 1
 
 
@@ -310,25 +278,20 @@ def test_dynamic_threshold_scales_each_clip_by_its_own_percentile():
     torch.testing.assert_close(result[1:], tame)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_middle": 0}, "num_middle must be at least 1"),
-        ({"steps": 0}, "--steps must lie in"),
-        ({"eta": 1.5}, "--eta must lie in"),
-        ({"sampler": "euler"}, "--sampler must be one of ddim, dpmpp_2m"),
-        ({"sampler": "dpmpp_2m", "eta": 0.5}, "--eta must be 0"),
-        ({"spacing": "even"}, "--spacing must be one of linspace, quadratic, trailing"),
-        ({"guidance_interval": (0.6, 0.2)}, "--guidance_interval must be two rising numbers"),
-        ({"generator": generators(1)}, r"one per clip \(2\)"),
-    ],
-)
+WRONG = [
+    ({"num_middle": 0}, "^num_middle must be at least 1"),
+    ({"steps": 0}, "^steps must lie in"),
+    ({"eta": 1.5}, "^eta must lie in"),
+    ({"sampler": "euler"}, "^sampler must be one of ddim, dpmpp_2m"),
+    ({"sampler": "dpmpp_2m", "eta": 0.5}, "^eta must be 0"),
+    ({"spacing": "even"}, "^spacing must be one of linspace, quadratic, trailing"),
+    ({"guidance_interval": (0.6, 0.2)}, "^guidance_interval must be two rising numbers"),
+    ({"generator": generators(1)}, r"one per clip \(2\)"),
+    ({"ends": (contexts()[0], contexts()[1][:, :, :1])}, "of one shape"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
 def test_wrong_arguments_name_the_rule_and_the_value(change, message):
     with pytest.raises(ValueError, match=message):
-        sample_middle(CountingModel(), SCHEDULE, *contexts(), **({"num_middle": 2, "steps": 3} | change))
-
-
-def test_contexts_of_different_shapes_are_refused():
-    start, end = contexts()
-    with pytest.raises(ValueError, match="of one shape"):
-        sample_middle(CountingModel(), SCHEDULE, start, end[:, :, :1], num_middle=2, steps=3)
+        sample(**({"steps": 3} | change))

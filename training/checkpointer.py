@@ -20,12 +20,10 @@ class Checkpointer:
     One that cannot be written costs a line, not the run. One whose weights are diverged is not written.
 
     Args:
-        out_dir: the run's folder.
         last_is_whole: whether last.pt is known to be readable, and so worth keeping as prev.pt.
         contents: gives what is to be saved.
         probe_loss: gives the loss of some batch under the weights that are to be saved.
-        every_steps: steps between saves; 0 = none.
-        every_minutes: minutes between saves; 0 = none.
+        every_steps: steps between saves, as every_minutes; 0 = none.
     """
 
     def __init__(
@@ -108,10 +106,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path]:
 
 
 def load_resumable(path: Path) -> dict[str, Any]:
-    """A checkpoint whose weights, moments and random state fit its model_config.
-
-    Raises: ValueError: naming the file, if it cannot be read or they do not.
-    """
+    """A checkpoint whose weights, moments and random state fit its model_config, or a ValueError naming the file."""
     checkpoint = load_checkpoint(path)
     check_resumable(checkpoint, path)
     return checkpoint

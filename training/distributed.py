@@ -90,8 +90,7 @@ def launch_command(script: str, *words: str) -> str:
 def init_distributed(device: torch.device) -> torch.device:
     """Initialise the process group, NCCL on GPUs and gloo on CPUs; returns the device of this process.
 
-    Raises: ValueError: if this machine has not a GPU for each of its processes, one was named for all of them, or they
-        could not meet.
+    Raises: ValueError: if there is not a GPU for each process, one was named for all, or they could not meet.
     """
     if world_size() == 1:
         return device
@@ -108,7 +107,7 @@ def init_distributed(device: torch.device) -> torch.device:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
         PREPARATION_GROUP[:] = [dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)]
     except RuntimeError as error:
-        raise ValueError(f"the {world_size()} processes could not meet ({first_words(error)})") from error
+        raise ValueError(f"the {world_size()} processes could not meet ({str(error)[:200]})") from error
     return device
 
 
@@ -124,17 +123,13 @@ def watch_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not dist.is_initialized() or not any(sign in str(error).lower() for sign in LOST_PEER_SIGNS):
+        words = " ".join(str(error).split())
+        if not dist.is_initialized() or not any(sign in words.lower() for sign in LOST_PEER_SIGNS):
             raise
         raise PeerLostError(
             f"process {rank()} of {world_size()} ends, as another one is gone or cannot be reached; the same torchrun "
-            f"command with --resume goes on from the last save, if there is one (torch says: {first_words(error)})"
+            f"command with --resume goes on from the last save, if there is one (torch says: {words[:200]})"
         ) from error
-
-
-def first_words(error: Exception) -> str:
-    """The beginning of an error's text, in one line."""
-    return " ".join(str(error).split())[:200]
 
 
 def kill_loading_processes() -> None:
@@ -174,10 +169,9 @@ class StopRequest:
 
 
 def worker_init_fn(worker: int) -> None:
-    """A loading process leaves stopping to the main one, even where a signal goes to the whole process group.
+    """Leave stopping to the main process, which the death of a loading process would break in the middle of a save.
 
-    Its death would break the main process in the middle of a save. The second SIGTERM ends it, as torch's own shutdown
-    of a stuck process needs.
+    The second SIGTERM ends it, as torch's own shutdown of a stuck process needs.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -18,32 +18,18 @@ from tqdm import tqdm
 from models.video_unet3d import blind_levels
 from training.distributed import print0
 from training.state import TrainingState, get_lr
+from utils import io
 from utils.device import describe_machine
-from utils.io import (
-    atomic_write,
-    contact_sheet,
-    enlarge,
-    observed_frames,
-    save_json,
-    save_mp4,
-    save_png,
-    save_training_curves,
-)
 from utils.video_utils import to_uint8
 
 
 class Logger:
     """Writes a run's records, TensorBoard events where asked, and a progress bar or lines.
 
-    Nothing here ends a run: what cannot be written costs a warning.
+    Nothing here ends a run: what cannot be written costs a warning. Lines of metrics.jsonl that are later than `state`,
+    of work that was lost, are removed.
 
-    Args:
-        out_dir: the run's folder.
-        state: where the run begins; later lines of metrics.jsonl, of work that was lost, are removed.
-        device: whose memory is logged.
-        tensorboard_dir: where TensorBoard events go; None = none are written.
-
-    Raises: ValueError: if TensorBoard is asked for and not installed.
+    Raises: ValueError: if TensorBoard is asked for (a folder is given) and not installed.
     """
 
     def __init__(self, out_dir: Path, state: TrainingState, device: torch.device, tensorboard_dir: Path | None = None):
@@ -52,7 +38,7 @@ class Logger:
         self.path = out_dir / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if state.step and self.path.is_file() else []
         kept = "".join(f"{line}\n" for line in lines if step_of(line) <= state.step)
-        with warn_if_unwritable(self.path), atomic_write(self.path) as file:
+        with warn_if_unwritable(self.path), io.atomic_write(self.path) as file:
             file.write(kept.encode())
         self.tensorboard = None
         if tensorboard_dir is not None:
@@ -76,22 +62,15 @@ class Logger:
     def log_run(self, args: dict[str, Any]) -> None:
         """Write run.json: arguments, versions, git commit and whether the tree was clean, device."""
         with warn_if_unwritable(self.out_dir / "run.json"):
-            save_json(self.out_dir / "run.json", {"args": args} | describe_machine(self.device))
+            io.save_json(self.out_dir / "run.json", {"args": args} | describe_machine(self.device))
 
     def log_train(self, state: TrainingState, epoch: float, loss: float | None, grad_norm: float) -> None:
         """A line for the steps since the last one; a loss of None = no step had a finite one."""
         lr = get_lr(state.step - 1, state.lr_schedule)
         speed = self.clips / (time.perf_counter() - self.since)  # the device is done with them: the loss was read
-        is_cuda = self.device.type == "cuda"
-        values = {
-            "epoch": epoch,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            **state.metrics.bad_steps(),
-            "clips_per_second": speed,
-            "gpu_memory_mib": torch.cuda.max_memory_allocated(self.device) / 2**20 if is_cuda else None,
-        }
+        memory = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
+        values = {"epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None}
+        values |= {**state.metrics.bad_steps(), "clips_per_second": speed, "gpu_memory_mib": memory}
         self._log("train", state.step, values)
         self.bar.set_postfix(loss=loss_text(loss))
         if self.bar.disable:
@@ -108,21 +87,18 @@ class Logger:
         self._log("val", entry["step"], {name: value for name, value in entry.items() if name != "step"})
         if "psnr" in entry or state.finished:
             with warn_if_unwritable(self.out_dir / "training_curves.png"):
-                save_training_curves(self.out_dir / "training_curves.png", state.history)
+                io.save_training_curves(self.out_dir / "training_curves.png", state.history)
 
     def log_preview(self, name: str, step: int, endpoint_context: int, clip: Tensor, generated: Tensor) -> None:
-        """Write NAME.png, a sheet of true rows above generated ones, and NAME.mp4 of the same.
-
-        Both clips are [B,C,T,H,W] in [-1, 1].
-        """
+        """Write NAME.png, true rows above generated ones, and NAME.mp4 of the same; clips [B,C,T,H,W] in [-1, 1]."""
         stem = self.out_dir / name
         truth, made = to_uint8(clip).cpu(), to_uint8(generated).cpu()
         rows = [row for pair in zip(truth, made, strict=True) for row in pair]
-        sheet = contact_sheet(rows, observed_frames(clip.shape[2], endpoint_context))
+        sheet = io.contact_sheet(rows, io.observed_frames(clip.shape[2], endpoint_context))
         video = torch.cat([torch.cat(list(truth), dim=3), torch.cat(list(made), dim=3)], dim=2)  # [C,T,2H,B*W]
         with warn_if_unwritable(stem):
-            save_png(stem.with_suffix(".png"), sheet)
-            save_mp4(stem.with_suffix(".mp4"), enlarge(video, clip.shape[-1]), fps=8)
+            io.save_png(stem.with_suffix(".png"), sheet)
+            io.save_mp4(stem.with_suffix(".mp4"), io.enlarge(video, clip.shape[-1]), fps=8)
         if self.tensorboard is not None:
             self.tensorboard.add_image("preview", sheet, step)
 

@@ -3,7 +3,7 @@
 import argparse
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +27,8 @@ DIVERGED = 10  # times the loss of a network that predicts nothing
 class TrainMetrics:
     """Running sums over steps, kept on the device, so that no step waits for a number.
 
-    Its entries: loss and steps since the last line of metrics.jsonl, loss and steps of this epoch (steps whose loss
-    and gradient are finite count in both), the last gradient norm, steps skipped as not finite and steps of a diverged
-    loss in the whole run, and either of them in a row.
-
-    Args:
-        device: where the losses are.
-        threshold: above it a loss is diverged, see `divergence_threshold`.
+    Loss and steps since the last line of metrics.jsonl, and of this epoch (finite steps alone); the last gradient norm;
+    steps skipped as not finite, steps of a loss above `threshold`, and either of them in a row.
     """
 
     NAMES = ("line_loss", "line_steps", "epoch_loss", "epoch_steps", "grad_norm", "skipped", "diverged", "bad_in_row")
@@ -69,7 +64,7 @@ class TrainMetrics:
         return values
 
     def take_mean(self, span: str) -> float | None:
-        """The mean loss since the last call, of a "line" or an "epoch", which starts anew; None without any steps."""
+        """The mean loss of a "line" or an "epoch", which then starts anew; None without any finite steps."""
         values, first = self.read(), self.NAMES.index(f"{span}_loss")
         self.values[first : first + 2] = 0
         return values[f"{span}_loss"] / values[f"{span}_steps"] if values[f"{span}_steps"] else None
@@ -84,10 +79,9 @@ class TrainMetrics:
 class TrainingState:
     """What a checkpoint carries on, and how far the run is to go.
 
-    `step` counts optimiser steps, those that were skipped included; `data_step` counts steps' worth of clips since the
-    first epoch began: they differ once a run goes on with another batch size. Data and noise follow `data_step`,
-    learning rate and EMA follow `step`. `ddp_model` is the model or its wrapper that averages gradients over processes,
-    and `probe_batch` the inputs of the first loss, on which weights are tried before they are saved.
+    `step` counts optimiser steps, skipped ones included; `data_step` counts steps' worth of clips since the first epoch
+    began: they differ once a run goes on with another batch size. Data and noise follow `data_step`, learning rate and
+    EMA follow `step`. Weights are tried on `probe_batch`, the inputs of the first loss, before they are saved.
     """
 
     model: VideoUNet3D
@@ -122,10 +116,9 @@ class TrainingState:
 
 
 def divergence_threshold(noise_offset: float, temporal_loss_weight: float) -> float:
-    """The loss above which training counts as diverged; a network that predicts 0 has a tenth of it at most.
+    """The loss above which training counts as diverged: ten times the most that predicting 0 can have.
 
-    v has at most the variance of a noise eps, 1 + noise_offset^2, as clips lie in [-1, 1]; frame differences of natural
-    clips are below 1.
+    v has at most the variance of eps, as clips lie in [-1, 1]; frame differences of natural clips are below 1.
     """
     return DIVERGED * (1 + noise_offset**2 + temporal_loss_weight)
 
@@ -139,9 +132,7 @@ def get_lr(step: int, schedule: Mapping[str, float]) -> float:
     return schedule["start_lr"] * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def make_lr_schedule(
-    lr: float, warmup_steps: int, total_steps: int, step: int, stored: dict[str, float]
-) -> dict[str, float]:
+def make_lr_schedule(lr: float, warmup_steps: int, total_steps: int, step: int, stored: dict) -> dict[str, float]:
     """The schedule of `get_lr`. A resumed run whose length changed bends the curve from where it is: no jump."""
     fresh = {"peak_lr": lr, "start_lr": lr, "start_step": 0, "warmup_steps": warmup_steps, "total_steps": total_steps}
     if not stored:
@@ -155,10 +146,15 @@ def make_lr_schedule(
     return fresh | {"start_step": step, "start_lr": get_lr(step, stored), "warmup_steps": 0}
 
 
+def pick(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Some arguments by name."""
+    return {name: getattr(args, name) for name in names}
+
+
 def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `build_model`."""
     names = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "endpoint_context")
-    return {"image_channels": 1 if args.color_mode == "gray" else 3} | {name: getattr(args, name) for name in names}
+    return {"image_channels": 1 if args.color_mode == "gray" else 3, **pick(args, names)}
 
 
 def init_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None) -> TrainingState:
@@ -174,26 +170,19 @@ def init_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.
 
 
 def to_checkpoint(state: TrainingState, args: argparse.Namespace, epoch_steps: int) -> dict[str, Any]:
-    """What `restore` and sampling read: training goes on exactly, and sampling needs no flag.
-
-    Args:
-        epoch_steps: optimiser steps of an epoch.
-    """
+    """What `restore` and sampling read: training goes on exactly, and sampling needs no flag."""
     epoch, step_in_epoch = divmod(state.data_step, epoch_steps)
-    diffusion = {"timesteps": args.timesteps, "schedule": args.beta_schedule, "noise_offset": args.noise_offset}
+    modules = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer, "scaler": state.scaler}
     return {
         "step": state.step,
         "epoch": epoch,
         "step_in_epoch": step_in_epoch,
-        "model": state.model.state_dict(),
-        "ema": state.ema.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        **{name: module.state_dict() for name, module in modules.items()},
         "lr_scheduler": state.lr_schedule,
-        "scaler": state.scaler.state_dict(),
         "rng": {"torch": torch.get_rng_state()},  # for completeness: every draw of ours has a generator of its own
         "model_config": model_config_of(args),
-        "diffusion_config": diffusion,
-        "clip_config": {name: getattr(args, name) for name in ("num_frames", "size", "frame_stride", "color_mode")},
+        "diffusion_config": {"schedule": args.beta_schedule, **pick(args, ("timesteps", "noise_offset"))},
+        "clip_config": pick(args, ("num_frames", "size", "frame_stride", "color_mode")),
         "args": {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS},
         "history": state.history,
         "best_val_loss": state.best_val_loss,
@@ -205,11 +194,7 @@ def restore(
 ) -> None:
     """Go on where a checkpoint (of `load_latest`, its file `source`) stands.
 
-    Another batch size or number of processes goes on at the same clip of the epoch.
-
-    Args:
-        clips_per_step: now, of all processes.
-        epoch_steps: optimiser steps of an epoch, now.
+    With another number of clips per step (batch size, processes) at the same clip of the epoch.
     """
     load_weights(state.model, checkpoint["model"], source)
     load_weights(state.ema, checkpoint["ema"], source)
@@ -268,9 +253,9 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 @torch.no_grad()
 def probe_loss(state: TrainingState, schedule: DiffusionSchedule, weight: float, dtype: torch.dtype | None) -> float:
-    """The loss of the first batch since the start under the weights as they are now: are they sound?
+    """The loss of the first batch since the start under the present weights, 0 before the first step.
 
-    0 before the first step. The host waits for the device.
+    The host waits for it.
     """
     if state.probe_batch is None:
         return 0.0

@@ -143,11 +143,9 @@ def add_sampler_flags(
     presets: Mapping[str, str],
     several: bool = False,
 ) -> None:
-    """How middle frames are sampled.
+    """How middle frames are sampled; `presets` maps each to its description.
 
-    Args:
-        presets: choices of --preset, each with its description.
-        several: whether --preset, --sampler, --steps and --guidance_scale take any number of values.
+    With `several`, --preset, --sampler, --steps and --guidance_scale take any number of values.
     """
     add, grid = group.add_argument, {"nargs": "+"} if several else {}
     each = "; several values = every combination" if several else ""

@@ -45,10 +45,7 @@ def resize_and_crop(frames: Tensor, size: int) -> Tensor:
 
 
 def middle_length(num_frames: int, endpoint_context: int) -> int:
-    """Frames M to generate in a clip of T frames of which K are observed at each end.
-
-    Raises: ValueError: unless T > 2 * K, as otherwise there is no middle.
-    """
+    """Frames M to generate in a clip of T; raises a ValueError unless T > 2 * K, as otherwise there is no middle."""
     if num_frames <= 2 * endpoint_context:
         rule = "num_frames must exceed 2 * endpoint_context so that a middle exists"
         raise ValueError(f"{rule} (got num_frames {num_frames}, endpoint_context {endpoint_context})")
@@ -56,10 +53,7 @@ def middle_length(num_frames: int, endpoint_context: int) -> int:
 
 
 def split_clip(clip: Tensor, endpoint_context: int) -> tuple[Tensor, Tensor, Tensor]:
-    """start_context, middle, end_context of a clip [B,C,T,H,W], as views of it.
-
-    Raises: ValueError: unless T > 2 * endpoint_context, as otherwise there is no middle.
-    """
+    """start_context, middle, end_context of a clip [B,C,T,H,W], as views of it; raises as `middle_length`."""
     k, m = endpoint_context, middle_length(clip.shape[2], endpoint_context)
     return clip[:, :, :k], clip[:, :, k : k + m], clip[:, :, k + m :]
 
