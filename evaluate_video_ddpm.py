@@ -21,9 +21,7 @@ from diffusion.pipeline import (
     SAMPLER_PRESETS,
     SETTINGS,
     MiddleFramePipeline,
-    check_settings,
     describe_settings,
-    settings_grid,
 )
 from diffusion.sampler import SAMPLERS, SPACINGS
 from evaluation.baselines import BASELINES, missing_package
@@ -117,13 +115,7 @@ def resolve_args(args: argparse.Namespace) -> MiddleFramePipeline | None:
     }
     args.sampling = []
     if pipe:
-        flags.resolve_clip_flags(args, pipe.clip_config, pipe.endpoint_context)
-        pipe.check_clip(args.num_frames, args.size)
-        args.sampling = settings_grid(vars(args))
-        for settings in args.sampling:
-            check_settings(pipe.schedule.timesteps, settings)
-        if not pipe.is_guidable and any(settings["guidance_scale"] != 1 for settings in args.sampling):
-            print(flags.no_unconditional_branch(args.ckpt), file=sys.stderr)
+        args.sampling = pipe.resolve_flags(args)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -19,11 +19,9 @@ from diffusion.noise import SAMPLE, generator_for
 from diffusion.pipeline import (
     SAMPLER_PRESETS,
     MiddleFramePipeline,
-    check_settings,
     describe_settings,
     forwards_per_clip,
     load_frames,
-    settings_grid,
 )
 from diffusion.sampler import SAMPLERS, SPACINGS
 from utils import flags
@@ -82,12 +80,7 @@ def resolve_args(args: argparse.Namespace) -> tuple[MiddleFramePipeline, dict[st
     pipe = MiddleFramePipeline.from_checkpoint(
         args.ckpt, args.device, use_raw_model=args.use_raw_model, amp=args.amp, compile=args.compile
     )
-    flags.resolve_clip_flags(args, pipe.clip_config, pipe.endpoint_context)
-    pipe.check_clip(args.num_frames, args.size)
-    settings = settings_grid(vars(args))[0]
-    check_settings(pipe.schedule.timesteps, settings)
-    if not pipe.is_guidable and settings["guidance_scale"] != 1:
-        print(flags.no_unconditional_branch(args.ckpt), file=sys.stderr)
+    (settings,) = pipe.resolve_flags(args)
     for flag in ("start_images", "end_images"):
         paths = getattr(args, flag)
         if paths is not None and len(paths) != pipe.endpoint_context:
@@ -192,12 +185,12 @@ def sample(args: argparse.Namespace) -> None:
     Raises: ValueError or OSError: for what the user can mend.
     """
     pipe, settings = resolve_args(args)
+    facts = vars(args) | settings | {"device": str(pipe.device), "checkpoint_step": pipe.trained["step"]}
+    facts["nfe"] = forwards_per_clip(pipe.schedule.timesteps, settings)
     out_dir = Path(args.out_dir)
     refuse_to_overwrite(out_dir, args.overwrite)
     contexts = load_contexts(args, pipe.trained)
     clips, scores = len(contexts.start), []
-    facts = vars(args) | settings | {"device": str(pipe.device), "checkpoint_step": pipe.trained["step"]}
-    facts["nfe"] = forwards_per_clip(pipe.schedule.timesteps, settings)
     for n in range(args.num_samples):
         clock = time.perf_counter()
         middles = generate(args, pipe, settings, contexts, n)

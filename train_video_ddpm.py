@@ -170,8 +170,7 @@ def resolve_args(
     checkpoint = source = None
     if given.get("resume"):
         if not there:
-            missing = f"there is no {folder / 'last.pt'} to go on from; without --resume a new run starts"
-            raise ValueError(f"--resume: {missing}")
+            raise ValueError(f"--resume: there is no {folder / 'last.pt'}; without --resume a new run starts")
         checkpoint, source = load_latest(folder)
         stored = parser.parse_stored(checkpoint["args"], source)
         for name, value in given.items():
@@ -261,10 +260,7 @@ def train_step(
 def validate(
     ema: nn.Module, schedule: DiffusionSchedule, batches: Iterable[Tensor], clips: int, args: argparse.Namespace
 ) -> float:
-    """The loss of EMA over the whole validation split of so many clips; `batches` are this process's.
-
-    Raises: FloatingPointError: if it is not finite.
-    """
+    """The loss of EMA over the whole split of so many clips, or FloatingPointError; `batches` are this process's."""
     parts = (split_clip(clip, args.endpoint_context) for clip in batches)
     first, weights = distributed.rank_slice(clips).start, (args.temporal_loss_weight, args.noise_offset)
     sums = validation_sum(ema, schedule, parts, clips, args.seed, *weights, first=first)
@@ -277,13 +273,9 @@ def validate(
 def preview(
     pipe: MiddleFramePipeline, clip: Tensor | None, first: int, args: argparse.Namespace, log: Callable[..., None]
 ) -> dict[str, float]:
-    """Regenerate the middle of this process's preview clips, if it has any, from fixed noise.
+    """Regenerate the middle of this process's preview clips [B,C,T,H,W], the `first` of all on, from fixed noise.
 
-    Args:
-        clip: float [B,C,T,H,W]; `first` is the number of the first of them.
-        log: takes true and generated clips of all processes.
-
-    Returns: on rank 0 the mean PSNR in dB of the generated middle and of the cross-fade; elsewhere nothing.
+    Returns: on rank 0, which logs true and generated clips, the mean PSNR in dB of the middle and of the cross-fade.
     """
     made = None
     if clip is not None:
@@ -388,8 +380,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     first = distributed.rank_slice(len(shown)).start
     reads = [val_clips[0, shown[i]] for i in distributed.rank_slice(len(shown))]
     preview_clips = next(failures.clips([collate(reads)], device)) if reads else None
-    clip_config = {"num_frames": args.num_frames, "size": args.size, "color_mode": args.color_mode}
-    pipe = MiddleFramePipeline(state.ema, schedule, clip_config, args.noise_offset, amp_dtype)
+    pipe = MiddleFramePipeline(state.ema, schedule, vars(args), args.noise_offset, amp_dtype)
 
     # Log and save on rank 0.
     logger, checkpointer = Silent(), Silent()

@@ -7,6 +7,7 @@ a crash change no clip.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,12 +29,12 @@ class FrameSource(Protocol):
         """The frames numbered `wanted` as uint8 [C,T,size,size]; raises one of DECODE_ERRORS."""
 
 
+@dataclass
 class DecodedFrames:
     """Frames decoded on demand, resized and, for gray, reduced to luma."""
 
-    def __init__(self, size: int, color_mode: str):
-        self.size = size
-        self.color_mode = color_mode
+    size: int
+    color_mode: str
 
     def read(self, video: Video, wanted: Sequence[int]) -> Tensor:
         """See FrameSource."""
@@ -48,39 +49,22 @@ class ClipRead(NamedTuple):
     failures: list[str]
 
 
+@dataclass(eq=False, repr=False)
 class VideoClipDataset(Dataset):
-    """Clips of T frames from a list of videos, one per video and epoch.
+    """Clips of T frames from a list of usable videos, one per video and epoch.
 
     Items are asked for as (epoch, i). A file that fails is replaced by another, chosen by (seed, epoch, i, attempt).
-
-    Args:
-        videos: usable files.
-        seed: of windows, flips and replacements.
-        random_window: a new window every epoch (training) or always the central one (validation).
-        hflip: mirror half of the clips left to right.
-        time_reverse: play half of the clips backwards, which also swaps their contexts.
     """
 
-    def __init__(
-        self,
-        videos: Sequence[Video],
-        source: FrameSource,
-        *,
-        num_frames: int,
-        frame_stride: int,
-        seed: int,
-        random_window: bool,
-        hflip: bool = False,
-        time_reverse: bool = False,
-    ):
-        self.videos = list(videos)
-        self.source = source
-        self.num_frames = num_frames
-        self.frame_stride = frame_stride
-        self.seed = seed
-        self.random_window = random_window
-        self.hflip = hflip
-        self.time_reverse = time_reverse
+    videos: Sequence[Video]
+    source: FrameSource
+    _: KW_ONLY
+    num_frames: int
+    frame_stride: int
+    seed: int  # of windows, flips and replacements
+    random_window: bool  # a new window every epoch (training) or always the central one (validation)
+    hflip: bool = False  # mirror half of the clips left to right
+    time_reverse: bool = False  # play half of the clips backwards, which also swaps their contexts
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -94,7 +78,7 @@ class VideoClipDataset(Dataset):
         epoch, i = key
         failures = []
         for attempt in range(MAX_ATTEMPTS):
-            # a hash, as making a generator would take longer than reading a cached clip
+            # a hash: to make a generator would take longer than to read a cached clip
             number = stable_hash(f"{self.seed},{epoch},{i},{attempt}".encode())
             video = self.videos[i if attempt == 0 else stable_hash(f"file {number}".encode()) % len(self.videos)]
             try:
@@ -106,8 +90,7 @@ class VideoClipDataset(Dataset):
     def _cut(self, video: Video, number: int) -> Tensor:
         slack = video.info.frames - clip_span(self.num_frames, self.frame_stride)
         first = (number >> 2) % (slack + 1) if self.random_window else slack // 2
-        wanted = range(first, first + self.num_frames * self.frame_stride, self.frame_stride)
-        clip = self.source.read(video, wanted)
+        clip = self.source.read(video, range(first, first + self.num_frames * self.frame_stride, self.frame_stride))
         if self.hflip and number & 1:
             clip = clip.flip(3)
         if self.time_reverse and number & 2:
@@ -115,51 +98,37 @@ class VideoClipDataset(Dataset):
         return clip
 
 
+@dataclass
 class ResumableBatchSampler:
-    """Batches of (epoch, i) keys over many epochs, from any batch to any other.
+    """Batches of (epoch, i) keys over many epochs, from any optimiser step to any other.
 
     Each epoch is a fresh permutation by (seed, epoch), cut into whole optimiser steps; what is left over waits for
     another epoch's order. With fewer clips than a step needs, clips repeat within it.
-
-    Args:
-        clips: in the dataset.
-        batches_per_step: batches per optimiser step.
-        first_step: of the first batch, counted from the start of training.
-        last_step: the one after the last.
-        part: which of several processes asks, and how many there are: their batches together are one large batch.
     """
 
-    def __init__(
-        self,
-        clips: int,
-        batch_size: int,
-        batches_per_step: int,
-        seed: int,
-        first_step: int,
-        last_step: int,
-        part: tuple[int, int] = (0, 1),
-    ):
-        self.clips = clips
-        self.batch_size = batch_size
-        self.number, self.parts = part
-        self.batches_per_epoch = steps_per_epoch(clips, batch_size * self.parts * batches_per_step) * batches_per_step
-        self.seed = seed
-        self.first, self.last = first_step * batches_per_step, last_step * batches_per_step
+    clips: int
+    batch_size: int
+    batches_per_step: int
+    seed: int
+    first_step: int  # counted from the start of training
+    last_step: int  # the one after the last
+    part: tuple[int, int] = (0, 1)  # which of how many processes asks; their batches together are one large batch
 
     def __len__(self) -> int:
-        return max(0, self.last - self.first)
+        return max(0, self.last_step - self.first_step) * self.batches_per_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        process, processes = self.part
+        large_batch = self.batch_size * processes
+        batches_per_epoch = steps_per_epoch(self.clips, large_batch * self.batches_per_step) * self.batches_per_step
         order, ordered_epoch = None, None
-        for number in range(self.first, self.last):
-            epoch, place = divmod(number, self.batches_per_epoch)
+        for batch in range(self.first_step * self.batches_per_step, self.last_step * self.batches_per_step):
+            epoch, place = divmod(batch, batches_per_epoch)
             if epoch != ordered_epoch:
                 permutation = np.random.default_rng([self.seed, epoch]).permutation(self.clips)
-                whole = self.batches_per_epoch * self.parts * self.batch_size
-                order, ordered_epoch = np.resize(permutation, whole), epoch
-            start = (place * self.parts + self.number) * self.batch_size
-            chosen = order[start : start + self.batch_size]
-            yield [(epoch, int(i)) for i in chosen]
+                order, ordered_epoch = np.resize(permutation, batches_per_epoch * large_batch), epoch
+            start = place * large_batch + process * self.batch_size
+            yield [(epoch, int(i)) for i in order[start : start + self.batch_size]]
 
 
 def steps_per_epoch(clips: int, clips_per_step: int) -> int:
@@ -169,27 +138,21 @@ def steps_per_epoch(clips: int, clips_per_step: int) -> int:
 
 def collate(reads: Sequence[ClipRead]) -> tuple[Tensor | None, list[str], int]:
     """A batch: clips uint8 [B,C,T,H,W] (None if one could not be had), all failures, and how many reads were tried."""
+    clips = [read.clip for read in reads if read.clip is not None]
     failures = [failure for read in reads for failure in read.failures]
-    tried = len(failures) + sum(read.clip is not None for read in reads)
-    whole = all(read.clip is not None for read in reads)
-    return torch.stack([read.clip for read in reads]) if whole else None, failures, tried
+    return torch.stack(clips) if len(clips) == len(reads) else None, failures, len(failures) + len(clips)
 
 
+@dataclass
 class ReadFailures:
-    """Counts failed reads over a run, names each bad file once, and stops the run when they are too many.
+    """Counts failed reads over a run, names each bad file once, and stops the run when they are too many."""
 
-    Args:
-        limit: share of reads that may fail.
-        patience: reads before the share is judged, so that one bad file at the start does not stop a run.
-    """
-
-    def __init__(self, limit: float = 0.1, patience: int = 100, log: Callable[[str], None] = print):
-        self.limit = limit
-        self.patience = patience
-        self.log = log
-        self.tried = 0
-        self.failed = 0
-        self.named: set[str] = set()
+    limit: float = 0.1  # share of reads that may fail
+    patience: int = 100  # reads before the share is judged, so that one bad file at the start does not stop a run
+    log: Callable[[str], None] = print
+    tried: int = 0
+    failed: int = 0
+    named: set[str] = field(default_factory=set)
 
     def clips(self, batches: Iterable, device: torch.device) -> Iterator[Tensor]:
         """Collated batches as float clips [B,C,T,H,W] in [-1, 1] on the device; raises as `check`."""
@@ -197,19 +160,14 @@ class ReadFailures:
             yield to_float(self.check(clips, failed, tried).to(device, non_blocking=True))
 
     def check(self, clips: Tensor | None, failures: Sequence[str], tried: int) -> Tensor:
-        """Take note of a collated batch and return its clips.
-
-        Raises: ValueError: if more than `limit` of all reads have failed, or a clip could not be replaced.
-        """
+        """A collated batch's clips; a ValueError if too many of all reads have failed, or a clip was not replaced."""
         self.tried += tried
         self.failed += len(failures)
         for failure in failures:
             if failure not in self.named:
                 self.named.add(failure)
                 self.log(f"could not read {failure}; another file takes its place ({self.failed} failed reads so far)")
-        too_many = self.failed > self.limit * max(self.tried, self.patience)
-        if clips is None or too_many:
-            raise ValueError(
-                f"at most {self.limit:.0%} of reads may fail (got {self.failed} of {self.tried}; last: {failures[-1]})"
-            )
+        if clips is None or self.failed > self.limit * max(self.tried, self.patience):
+            got = f"{self.failed} of {self.tried}; last: {failures[-1]}"
+            raise ValueError(f"at most {self.limit:.0%} of reads may fail (got {got})")
         return clips

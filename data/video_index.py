@@ -1,6 +1,5 @@
 """Find MP4 files, index what is in them, and split them into training and validation."""
 
-import copy
 import hashlib
 import json
 import os
@@ -34,10 +33,7 @@ class Video(NamedTuple):
 
 
 def find_videos(root: str | Path) -> list[Path]:
-    """Every .mp4 (any case) below `root`, through symlinked folders, each real file once, sorted by path.
-
-    Raises: ValueError: if root is not a folder.
-    """
+    """Every .mp4 (any case) below the folder `root`, through symlinked folders, each real file once, sorted by path."""
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"--data_root must be a folder (got {root})")
@@ -63,32 +59,25 @@ def find_videos(root: str | Path) -> list[Path]:
 
 
 class VideoIndex:
-    """What is in each file below one root, found by one full decode and kept on disk.
+    """What is in each file below `root`, found by one full decode and kept on disk, in `cache_dir`.
 
     An entry is reused while the file's size and modification time stay the same. The index also remembers which files
     were put on a side only because that side would have been empty (for a seed and a span), so that adding files later
     moves none across.
-
-    Args:
-        root: the data folder; names in the index are relative to it.
-        cache_dir: where the index file lives.
-
-    Raises: ValueError: if cache_dir cannot be written.
     """
 
     def __init__(self, root: str | Path, cache_dir: str | Path):
         self.root = Path(root)
-        key = hashlib.blake2b(os.path.realpath(root).encode(), digest_size=8).hexdigest()
-        self.path = Path(cache_dir) / f"index_{key}.json"
+        self.path = Path(cache_dir) / f"index_{stable_hash(os.path.realpath(root).encode()):016x}.json"
         self.entries: dict[str, list] = {}
         self.assigned: dict[str, dict[str, str]] = {}
-        self.stored: dict[str, Any] = {}
+        self.stored = ""  # the file's text
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            stored = json.loads(self.path.read_text())
+            text = self.path.read_text()
+            stored = json.loads(text)
             if stored["version"] == INDEX_VERSION:
-                self.entries, self.assigned = stored["entries"], stored["assigned"]
-                self.stored = copy.deepcopy(stored)
+                self.entries, self.assigned, self.stored = stored["entries"], stored["assigned"], text
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass  # no index yet, or a damaged one: it is made anew
         except OSError as error:
@@ -97,12 +86,13 @@ class VideoIndex:
     def save(self) -> None:
         """Write the index, atomically, if it has changed."""
         content = {"version": INDEX_VERSION, "root": str(self.root), "assigned": self.assigned, "entries": self.entries}
-        if content == self.stored:
+        text = json.dumps(content)
+        if text == self.stored:
             return
         try:
             with atomic_write(self.path) as file:
-                file.write(json.dumps(content).encode())
-            self.stored = copy.deepcopy(content)
+                file.write(text.encode())
+            self.stored = text
         except OSError as error:
             raise ValueError(f"--cache_dir {self.path.parent}: cannot be written ({error.strerror})") from error
 
@@ -111,13 +101,9 @@ class VideoIndex:
         stamps = {path: stamp(path) for path in paths}
         unknown = [p for p in paths if self.entries.get(self.name(p), [None])[0] != stamps[p]]
         if unknown:
-            with ThreadPoolExecutor(max(1, workers)) as pool:  # decoding releases the GIL
-                try:
-                    probes = pool.map(probe_or_reason, unknown)
-                    for path, found in zip(unknown, tqdm(probes, "indexing", len(unknown), disable=None), strict=True):
-                        self.entries[self.name(path)] = [stamps[path], *found]
-                finally:
-                    pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the files in hand, not for the folder
+            probes = map_in_threads(probe_or_reason, unknown, workers=workers, title="indexing")
+            for path, probe in zip(unknown, probes, strict=True):
+                self.entries[self.name(path)] = [stamps[path], *probe]
             self.save()
         videos, shared = [], {}
         for path in paths:
@@ -132,6 +118,15 @@ class VideoIndex:
     def name(self, path: Path) -> str:
         """A file's path relative to the root, with forward slashes."""
         return path.relative_to(self.root).as_posix()
+
+
+def map_in_threads(function: Callable, *items: Sequence, workers: int, title: str) -> list:
+    """list(map(function, *items)), `workers` calls at once (decoding releases the GIL), with a progress bar."""
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        return list(tqdm(pool.map(function, *items), title, len(items[0]), disable=None))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the files in hand, not for all
 
 
 def stamp(path: Path) -> list[int]:
@@ -186,28 +181,20 @@ def prepare_videos(
     workers: int = 1,
     log: Callable[[str], None] = print,
 ) -> tuple[list[Video], list[Video]]:
-    """The usable files of the training and the validation split, both non-empty.
+    """The files of the training and the validation split with at least `span` frames, `max_videos` in all at most.
 
     Folders videos_train/ and videos_val/ (or train/ and val/, or train/ and test/) under the root are the splits;
-    otherwise each file goes by the hash of (seed, relative path), so that adding files moves none across.
-
-    Args:
-        span: source frames that a clip needs, see `clip_span`.
-        val_ratio: share of files for validation where folders do not say.
-        max_videos: upper bound on the files of both splits together; None = all.
-        workers: files decoded at once while indexing.
-        log: receives the summary, a line at a time.
-
-    Raises: ValueError: if a split would be empty; it counts the files and names the first bad ones.
+    otherwise each file goes by the hash of (seed, relative path), about `val_ratio` of them to validation, so that
+    adding files moves none across. If a split would be empty, a ValueError counts the files and names bad ones.
     """
     root = Path(data_root)
     index = VideoIndex(root, cache_dir)
     designated = next((pair for pair in SPLIT_FOLDERS if all((root / side).is_dir() for side in pair)), None)
+    assigned: dict[str, str] = {}
     if designated:
         train, val = (find_videos(root / side) for side in designated)
         held_out = set(map(os.path.realpath, val))
         train = [path for path in train if os.path.realpath(path) not in held_out]
-        assigned = {}
     else:
         assigned = index.assigned.setdefault(f"seed {seed}, span {span}", {})
         train, val = [], []
@@ -215,33 +202,27 @@ def prepare_videos(
             natural = "val" if split_key(seed, index.name(path)) < val_ratio else "train"
             (val if assigned.get(index.name(path), natural) == "val" else train).append(path)
 
-    seen: list[Video] = []
-    limits = share_limit(max_videos, len(train), len(val))
-    sides = []
-    for paths, limit in zip((train, val), limits, strict=True):
+    seen, sides = [], []
+    for paths, limit in zip((train, val), share_limit(max_videos, len(train), len(val)), strict=True):
         if limit < len(paths):  # by hash, not by name, so that the choice is spread over the folder
             paths.sort(key=lambda path: split_key(seed + 1, index.name(path)))
         sides.append(sorted(take_usable(index, paths, limit, span, workers, seen), key=lambda video: video.name))
     if not designated:
         fill_empty_side(sides, seed, assigned)
         index.save()
-    for line in summarise_index(seen, span):
+    summary = summarise_index(seen, span)
+    for line in summary:
         log(line)
     if not all(sides):
-        rule = f"{' and '.join(designated)} must each hold" if designated else "it must hold"
-        needed = "a usable MP4 file" if designated else "at least two usable MP4 files, one for validation"
-        raise ValueError(f"--data_root {root}: {rule} {needed}; {'; '.join(summarise_index(seen, span))}")
+        rule = "it must hold at least two usable MP4 files, one for validation"
+        if designated:
+            rule = f"{' and '.join(designated)} must each hold a usable MP4 file"
+        raise ValueError(f"--data_root {root}: {rule}; {'; '.join(summary)}")
     return sides[0], sides[1]
 
 
 def data_as_trained(trained: Mapping[str, Any], data_root: str | None, cache_dir: str | None) -> tuple[str, str]:
-    """The data folder and the folder of its index: as given, or else those of the training of a checkpoint.
-
-    Args:
-        trained: a checkpoint's `args`.
-        data_root: folder of MP4 files; None = that of training, the built-in clips included.
-        cache_dir: where the index is kept; None = as in training.
-    """
+    """The data folder and its index's: as given, or else those of a checkpoint's `args` (built-in clips included)."""
     cache_dir = cache_dir or trained.get("cache_dir") or "outputs/cache"
     return str(data_root or trained.get("data_root") or make_synthetic_videos(cache_dir)), cache_dir
 
@@ -249,10 +230,7 @@ def data_as_trained(trained: Mapping[str, Any], data_root: str | None, cache_dir
 def split_as_trained(
     trained: Mapping[str, Any], clip_config: Mapping[str, Any], data_root: str, cache_dir: str
 ) -> tuple[list[Video], list[Video]]:
-    """The usable files of both splits, divided as the training of a checkpoint divides this folder.
-
-    Raises: ValueError: as `prepare_videos`.
-    """
+    """As `prepare_videos`, dividing the folder as the training of a checkpoint with these `args` divides it."""
     span = clip_span(clip_config["num_frames"], clip_config["frame_stride"])
     split = {"val_ratio": trained["val_ratio"], "seed": trained["seed"], "max_videos": trained.get("max_videos")}
     return prepare_videos(data_root, span=span, cache_dir=cache_dir, **split)
@@ -261,10 +239,7 @@ def split_as_trained(
 def usable_videos(
     data_root: str | Path, span: int, cache_dir: str | Path, limit: int, log: Callable[[str], None] = print
 ) -> list[Video]:
-    """The first files below a folder, by name, that can give a clip of `span` frames; no more are looked at than that.
-
-    Raises: ValueError: if there is none; it counts the files and names the first bad ones.
-    """
+    """The first `limit` files below a folder, by name, that have `span` frames; a ValueError if there is none."""
     seen: list[Video] = []
     usable = take_usable(VideoIndex(data_root, cache_dir), find_videos(data_root), limit, span, 1, seen)
     summary = summarise_index(seen, span)
@@ -288,15 +263,11 @@ def share_limit(max_videos: int | None, train: int, val: int) -> tuple[int, int]
 def take_usable(
     index: VideoIndex, paths: Sequence[Path], limit: int, span: int, workers: int, seen: list[Video]
 ) -> list[Video]:
-    """The first `limit` files that can give a clip of `span` frames, looking at no more files than that takes.
-
-    All files looked at join `seen`.
-    """
+    """The first `limit` files that have `span` frames; no more are looked at, and those that are join `seen`."""
     waiting, usable = list(paths), []
     while waiting and len(usable) < limit:
         count = limit - len(usable)
-        videos = index.lookup(waiting[:count], workers)
-        waiting = waiting[count:]
+        videos, waiting = index.lookup(waiting[:count], workers), waiting[count:]
         seen += videos
         usable += [video for video in videos if video.info and video.info.frames >= span]
     return usable
@@ -305,16 +276,11 @@ def take_usable(
 def fill_empty_side(sides: list[list[Video]], seed: int, assigned: dict[str, str]) -> None:
     """Move one file to a side that the hash left empty, and remember it in `assigned`; two files are needed."""
     train, val = sides
-
-    def place(video: Video) -> float:
-        return split_key(seed, video.name)
-
-    if not val and len(train) > 1:
-        val.append(train.pop(train.index(min(train, key=place))))
-        assigned[val[0].name] = "val"
-    elif not train and len(val) > 1:
-        train.append(val.pop(val.index(max(val, key=place))))
-        assigned[train[0].name] = "train"
+    for full, empty, name, nearest in ((train, val, "val", min), (val, train, "train", max)):
+        if not empty and len(full) > 1:
+            empty.append(nearest(full, key=lambda video: split_key(seed, video.name)))
+            full.remove(empty[0])
+            assigned[empty[0].name] = name
 
 
 def printable(name: str) -> str:
@@ -325,22 +291,17 @@ def printable(name: str) -> str:
 
 def summarise_index(videos: Sequence[Video], span: int) -> list[str]:
     """A line of counts, then one for each kind of trouble with the first names and reasons."""
-
-    def named(video: Video, reason: str) -> str:
-        return f"{printable(video.name)} ({reason})"
-
-    unreadable = [named(v, v.reason) for v in videos if not v.info]
-    short = [named(v, f"{v.info.frames} frames") for v in videos if v.info and v.info.frames < span]
-    damaged = [named(v, v.info.damage) for v in videos if v.info and v.info.damage and v.info.frames >= span]
-    usable = len(videos) - len(unreadable) - len(short)
+    readable = [video for video in videos if video.info]
+    short = [(video, f"{video.info.frames} frames") for video in readable if video.info.frames < span]
+    unreadable = [(video, video.reason) for video in videos if not video.info]
+    damaged = [(video, video.info.damage) for video in readable if video.info.damage and video.info.frames >= span]
+    usable = len(readable) - len(short)
     lines = [f"{len(videos)} MP4 files: {usable} usable, {len(short)} too short, {len(unreadable)} unreadable"]
-    for title, names in (
-        (f"too short for a clip of {span} frames", short),
-        ("unreadable", unreadable),
-        ("usable but damaged", damaged),
-    ):
-        if names:
-            rest = len(names) - NAMED_IN_SUMMARY
-            more = f" and {rest} more (python tools/check_videos.py lists all)" if rest > 0 else ""
-            lines.append(f"{title}: {', '.join(names[:NAMED_IN_SUMMARY])}{more}")
+    too_short = f"too short for a clip of {span} frames"
+    for title, found in ((too_short, short), ("unreadable", unreadable), ("usable but damaged", damaged)):
+        if found:
+            names = [f"{printable(video.name)} ({reason})" for video, reason in found[:NAMED_IN_SUMMARY]]
+            rest = len(found) - len(names)
+            more = f" and {rest} more (python tools/check_videos.py lists all)" if rest else ""
+            lines.append(f"{title}: {', '.join(names)}{more}")
     return lines

@@ -33,35 +33,20 @@ DECODE_ERRORS = (av.FFmpegError, OSError, ValueError)
 
 
 class VideoInfo(NamedTuple):
-    """What one full decode found.
+    """What one full decode found."""
 
-    Attributes:
-        frames: how many came out.
-        width: of a frame as coded, in pixels, before rotation.
-        height: likewise.
-        rotation: degrees counter-clockwise that a frame is to be turned for display.
-        rate: average frames per second, 0 if the file does not say.
-        timestamps: of every frame, rising, in the stream's time base; empty where they do not tell frames apart, and
-            for a damaged file: then frames are counted from the start.
-        keyframes: numbers of the frames where decoding can start, the first frame excepted; needs timestamps.
-        damage: why packets were lost, or that the file is too long to be used whole; "" if neither.
-    """
-
-    frames: int
-    width: int
+    frames: int  # how many came out
+    width: int  # of a frame as coded, in pixels, before rotation
     height: int
-    rotation: int
-    rate: float
-    timestamps: Sequence[int]
-    keyframes: list[int]
-    damage: str
+    rotation: int  # degrees counter-clockwise that a frame is to be turned for display
+    rate: float  # average frames per second, 0 if the file does not say
+    timestamps: Sequence[int]  # of every frame, rising, in the stream's time base; empty = frames must be counted
+    keyframes: list[int]  # numbers of the frames where decoding can start, but for the first; needs timestamps
+    damage: str  # why packets were lost, or that the file is too long to be used whole; "" if neither
 
 
 class VideoFile:
-    """An open MP4: forced demuxer, local files only, one decoding thread, frame size checked before decoding.
-
-    Raises: ValueError: naming the reason, if it is no regular file, no MP4, has no video, or too large frames.
-    """
+    """An open MP4: forced demuxer, local files only, one decoding thread, frame size checked before decoding."""
 
     def __init__(self, path: str | Path):
         path = Path(path).absolute()
@@ -80,10 +65,8 @@ class VideoFile:
             context.thread_count = 1
             bits = context.format.padded_bits_per_pixel if context.format else 24
             if context.width * context.height * bits > 8 * MAX_FRAME_BYTES:
-                raise ValueError(
-                    f"a frame may take {MAX_FRAME_BYTES / 2**20:.1f} MiB at most "
-                    f"(got {context.width}x{context.height} in {context.pix_fmt})"
-                )
+                got = f"{context.width}x{context.height} in {context.pix_fmt}"
+                raise ValueError(f"a frame may take {MAX_FRAME_BYTES / 2**20:.1f} MiB at most (got {got})")
             context.options = {"max_pixels": str(8 * MAX_FRAME_BYTES // bits)}  # for a change of size in mid-stream
         except BaseException:
             self.container.close()
@@ -99,9 +82,7 @@ class VideoFile:
     def decode(self, needed_from: int | None = None) -> Iterator[av.VideoFrame]:
         """Every frame that comes out, in display order; packets that fail are noted in `lost` and skipped.
 
-        Args:
-            needed_from: timestamp before which frames need not come out: those that no other frame refers to are not
-                decoded then. None = all are wanted.
+        Of the frames before the timestamp `needed_from`, those that no other frame refers to are not decoded.
         """
         context = self.stream.codec_context
         may_skip = needed_from is not None and context.name == "h264"  # others may not heed it for each packet
@@ -121,24 +102,22 @@ class VideoFile:
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Decode a whole file once and say what is in it.
-
-    Raises: ValueError: with the reason, if nothing can be decoded; av.FFmpegError or OSError if it cannot be opened.
-    """
+    """Decode a whole file once and say what is in it; one of DECODE_ERRORS if that is nothing."""
     with VideoFile(path) as video:
-        rotation, width, height, timestamps, keyframes, pixels, beginning = 0, 0, 0, [], [], 0, ""
+        timestamps, keyframes, pixels, damage = [], [], 0, ""
         for frame in video.decode():
             pixels += frame.width * frame.height
             if pixels > MAX_DECODED_PIXELS or len(timestamps) == MAX_FRAMES:
-                beginning = f"longer than is looked at: its first {len(timestamps)} frames are used"
+                damage = f"longer than is looked at: its first {len(timestamps)} frames are used"
                 break
             if not timestamps:
-                rotation, width, height = frame.rotation, frame.width, frame.height
+                width, height, rotation = frame.width, frame.height, frame.rotation
             elif frame.key_frame:
                 keyframes.append(len(timestamps))
             timestamps.append(frame.pts)
+        if video.lost:
+            damage = f"{len(video.lost)} packets failed: {video.lost[0]}"
         frames = len(timestamps)
-        damage = f"{len(video.lost)} packets failed: {video.lost[0]}" if video.lost else beginning
         if frames == 0:
             raise ValueError(damage or "no frame could be decoded")
         if video.lost or None in timestamps or any(b <= a for a, b in pairwise(timestamps)):
@@ -148,21 +127,15 @@ def probe_video(path: str | Path) -> VideoInfo:
 
 
 def read_frames(path: str | Path, wanted: Sequence[int], info: VideoInfo) -> Iterator[Tensor]:
-    """Decode the frames numbered `wanted`, and convert only those.
-
-    Args:
-        path: an MP4 file.
-        wanted: frame numbers, ascending.
-        info: of `probe_video` for this file.
-
-    Yields: uint8 [3,H,W] RGB, upright.
-    Raises: ValueError: if the file ends before the last wanted frame; DECODE_ERRORS if it cannot be opened.
-    """
+    """Yield the frames numbered `wanted`, ascending, as uint8 [3,H,W] RGB, upright; raises one of DECODE_ERRORS."""
     reformatter = VideoReformatter()  # one per read: it must never be shared between forked processes
     remaining = list(wanted)
     if info.timestamps and remaining[-1] < info.frames:
         with VideoFile(path) as video:
-            for frame in frames_from(video, remaining[0], info):
+            start = max((number for number in info.keyframes if number <= remaining[0]), default=0)
+            if start:
+                video.seek(info.timestamps[start])
+            for frame in video.decode(needed_from=info.timestamps[remaining[0]]):
                 due = info.timestamps[remaining[0]]
                 if frame.pts == due:
                     yield to_rgb(frame, reformatter)
@@ -183,23 +156,12 @@ def read_frames(path: str | Path, wanted: Sequence[int], info: VideoInfo) -> Ite
     raise ValueError(f"ended after {number + 1} frames, {info.frames} were expected")
 
 
-def frames_from(video: VideoFile, first: int, info: VideoInfo) -> Iterator[av.VideoFrame]:
-    """Frames in display order up to and from the one numbered `first`, decoding no more before it than it takes."""
-    start = max((number for number in info.keyframes if number <= first), default=0)
-    if start:
-        video.seek(info.timestamps[start])
-    return video.decode(needed_from=info.timestamps[first])
-
-
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Tensor:
-    """One decoded frame of any pixel format as RGB, uint8 [3,H,W], turned upright.
-
-    Its colours stay interleaved in memory: so torch resizes a frame in a quarter of the time, to the same pixels, and
-    needs no copy of it.
-    """
+    """One decoded frame of any pixel format as RGB, uint8 [3,H,W], turned upright."""
     pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # [H,W,3]
     if frame.rotation:
         pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+    # The colours stay interleaved in memory: torch resizes that in a quarter of the time, to the same pixels.
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -207,7 +169,7 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Tensor:
 
 
 def check_promises(path: Path) -> None:
-    """Raises: ValueError: if a file names more samples, without a table entry for each, than a demuxer should index."""
+    """Refuse a file that names more samples, without a table entry for each, than a demuxer should index."""
     samples = 0
     with path.open("rb") as file:
         for number, (kind, start, end) in enumerate(boxes(file, 0, path.stat().st_size)):
@@ -226,8 +188,7 @@ def boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, in
             size, kind = struct.unpack(">I4s", file.read(8))
             header = 8
             if size == 1:  # a long size follows
-                header, long_size = 16, file.read(8)
-                size = struct.unpack(">Q", long_size)[0] if len(long_size) == 8 else 0
+                header, size = 16, int.from_bytes(file.read(8), "big")
             inner, start = start + header, start + size if size else end
             if start < inner:  # smaller than its own header: what follows is no box
                 break

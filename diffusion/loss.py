@@ -22,38 +22,33 @@ class LossTerms(NamedTuple):
 
 
 class TrainingNoise(NamedTuple):
-    """What one training step draws: t [B] long, eps [B,C,M,H,W], dropped [B] bool (contexts to be blanked)."""
+    """What one training step draws."""
 
-    t: Tensor
-    eps: Tensor
-    dropped: Tensor
+    t: Tensor  # [B] long
+    eps: Tensor  # [B,C,M,H,W]
+    dropped: Tensor  # [B] bool: clips whose contexts are zeroed
 
 
 def sample_training_noise(
-    middle: Tensor,
+    middle: Tensor,  # [B,C,M,H,W]; only its shape and device count
     timesteps: int,
     generator: torch.Generator,
     cfg_drop_prob: float = 0.0,
-    noise_offset: float = 0.0,
-    part: tuple[int, int] = (0, 1),
+    noise_offset: float = 0.0,  # standard deviation of a constant added to eps per clip and channel; 0 = none
+    part: tuple[int, int] = (0, 1),  # which part of the draw is that of `middle`, and how many parts there are
 ) -> TrainingNoise:
-    """Draw a training step's indices, noise and dropped clips, on the device of `generator`, moved to that of `middle`.
+    """Draw a training step's indices, noise and dropped clips on the generator's device, and move them to `middle`'s.
 
     Several processes draw for all their clips from equal generators and keep a part each: what one would have drawn.
-
-    Args:
-        middle: clean middle frames, [B,C,M,H,W]; only its shape and device count.
-        noise_offset: standard deviation of a constant added to eps per clip and channel; 0 = none.
-        part: which part of the draw is `middle`'s, and how many parts there are.
     """
     number, parts = part
     b, c = middle.shape[0] * parts, middle.shape[1]
-    device = generator.device
-    t = torch.randint(timesteps, (b,), generator=generator, device=device)
-    eps = torch.randn(b, *middle.shape[1:], generator=generator, device=device)
-    dropped = torch.rand(b, generator=generator, device=device) < cfg_drop_prob
+    where = {"generator": generator, "device": generator.device}
+    t = torch.randint(timesteps, (b,), **where)
+    eps = torch.randn(b, *middle.shape[1:], **where)
+    dropped = torch.rand(b, **where) < cfg_drop_prob
     if noise_offset:
-        eps += noise_offset * torch.randn(b, c, 1, 1, 1, generator=generator, device=device)
+        eps += noise_offset * torch.randn(b, c, 1, 1, 1, **where)
     mine = slice(number * len(middle), (number + 1) * len(middle))
     return TrainingNoise(*(drawn[mine].to(middle.device) for drawn in (t, eps, dropped)))
 
@@ -72,27 +67,16 @@ def temporal_l1(x0_hat: Tensor, x0: Tensor) -> Tensor:
 
 
 def diffusion_loss(
-    model: nn.Module,
+    model: nn.Module,  # (x_t, t, start_context, end_context) -> v
     schedule: DiffusionSchedule,
-    start_context: Tensor,
-    middle: Tensor,
-    end_context: Tensor,
-    t: Tensor,
-    eps: Tensor,
+    start_context: Tensor,  # [B,C,K,H,W] in [-1, 1]; zeros for a dropped clip
+    middle: Tensor,  # the x0 to predict, [B,C,M,H,W] in [-1, 1]
+    end_context: Tensor,  # as start_context
+    t: Tensor,  # diffusion index per clip, [B] long; ValueError for another shape
+    eps: Tensor,  # noise, [B,C,M,H,W]
     temporal_loss_weight: float = 0.0,
 ) -> LossTerms:
-    """MSE on v plus the weighted temporal term, per clip, in float32 whatever the network computed in.
-
-    Args:
-        model: called as model(x_t, t, start_context, end_context) -> v.
-        start_context: [B,C,K,H,W] in [-1, 1], as end_context; zeros for a dropped clip.
-        middle: the x0 to predict, [B,C,M,H,W] in [-1, 1].
-        t: diffusion index per clip, [B] long.
-        eps: noise, the shape of `middle`.
-        temporal_loss_weight: factor of the L1 between frame differences; 0 = v alone.
-
-    Raises: ValueError: if t is not one index per clip.
-    """
+    """MSE on v plus temporal_loss_weight * `temporal_l1`, per clip, in float32 whatever the network computed in."""
     x_t = schedule.add_noise(middle, eps, t)
     v_hat = model(x_t, t, start_context, end_context).float()
     v_mse = (v_hat - schedule.v_from(middle, eps, t)).square().flatten(1).mean(1)  # [B]
@@ -104,32 +88,25 @@ def diffusion_loss(
 def validation_sum(
     model: nn.Module,
     schedule: DiffusionSchedule,
-    parts: Iterable[tuple[Tensor, Tensor, Tensor]],
-    clips: int,
+    parts: Iterable[tuple[Tensor, Tensor, Tensor]],  # (start, middle, end) batches of a split or a stretch of it
+    clips: int,  # of the whole split; few of them are seen at several t each
     seed: int,
     temporal_loss_weight: float = 0.0,
     noise_offset: float = 0.0,
-    first: int = 0,
+    first: int = 0,  # number in the split of the first clip of `parts`
 ) -> tuple[float, int]:
-    """Losses of a split at fixed, evenly spread t and fixed noise per clip: a function of the weights alone.
+    """Sum of the losses of (clip, t) pairs, and their number, at fixed, evenly spread t and fixed noise per clip.
 
-    Args:
-        parts: the split, or a stretch of it, in order and in batches of any size: start_context, middle, end_context.
-        clips: how many the split has; few of them are seen at several t each.
-        first: number of the clip in the split with which `parts` begins.
-
-    Returns: the sum over all pairs of a clip and a t, and their number. Those of the stretches of a split add up, and
-        the split's sum by its number is the validation loss.
+    A function of the weights alone. Both add up over stretches of a split; sum / number of all is the validation loss.
     """
     draws = math.ceil(VALIDATION_PAIRS / clips)
-    total, seen = 0.0, 0
+    pairs, total, seen = draws * clips, 0.0, 0
     for start, middle, end in parts:
         for draw in range(draws):
-            strata = [draw * clips + first + seen + n for n in range(len(middle))]  # out of draws * clips
-            t = [int((stratum + 0.5) / (draws * clips) * schedule.timesteps) for stratum in strata]
-            generators = [generator_for(seed, VALIDATION, stratum) for stratum in strata]
+            strata = [draw * clips + first + seen + n for n in range(len(middle))]  # out of `pairs`
+            t = torch.tensor([int((n + 0.5) / pairs * schedule.timesteps) for n in strata], device=middle.device)
+            generators = [generator_for(seed, VALIDATION, n) for n in strata]
             eps = sample_noise(middle.shape[1:], generators, middle.device, noise_offset)
-            t = torch.tensor(t, device=middle.device)
             terms = diffusion_loss(model, schedule, start, middle, end, t, eps, temporal_loss_weight)
             total += terms.total.sum().item()
         seen += len(middle)

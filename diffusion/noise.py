@@ -1,8 +1,4 @@
-"""Randomness that is a function of what it is for, never of what ran before.
-
-A draw is keyed by integers such as (seed, step) or (seed, clip, sample). Resuming, batching and the number of workers
-therefore change no sample.
-"""
+"""Randomness keyed by purpose, as (seed, SAMPLE, clip, sample): resuming, batching and workers change no draw."""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,14 +19,10 @@ def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Genera
 def generators_per_clip(
     generator: torch.Generator | Sequence[torch.Generator] | None, clips: int
 ) -> list[torch.Generator]:
-    """One independent CPU generator per clip.
+    """One generator per clip: those given (ValueError for another number), or new ones on the CPU.
 
-    Args:
-        generator: one per clip (used as they are), or one from which a seed per clip is drawn in order, so that two
-            batches of two draw what one batch of four would; None draws the seeds from torch's global generator.
-        clips: how many.
-
-    Raises: ValueError: if a sequence of another length is given.
+    New ones are seeded in order from the one given, or from torch's global one, so that two batches of two draw what
+    one batch of four would.
     """
     if isinstance(generator, Sequence):
         if len(generator) != clips:
@@ -42,19 +34,11 @@ def generators_per_clip(
 
 
 def sample_noise(
-    shape: Sequence[int],
-    generators: Sequence[torch.Generator],
-    device: torch.device | str,
-    noise_offset: float = 0.0,
+    shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device | str, noise_offset: float = 0.0
 ) -> Tensor:
-    """Gaussian noise, each clip's from its own generator.
+    """Gaussian noise [B,C,M,H,W] float32 on `device`, each clip's, of shape (C,M,H,W), from its own generator.
 
-    Args:
-        shape: of one clip's middle, (C,M,H,W).
-        device: where the noise is wanted; it is drawn where its generator lives.
-        noise_offset: standard deviation of a constant added per clip and channel; 0 = none.
-
-    Returns: [B,C,M,H,W] float32.
+    noise_offset is the standard deviation of a constant added per clip and channel; 0 = none.
     """
     clips = []
     for generator in generators:

@@ -1,6 +1,9 @@
 """MiddleFramePipeline: a trained checkpoint as something to call, from Python and from every script."""
 
+import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,34 +31,20 @@ LEFT_OUT = ("model", "ema", "optimizer", "rng")  # of what a checkpoint says of 
 Frames = Tensor | Sequence[Any]
 
 
+@dataclass(eq=False, repr=False)
 class MiddleFramePipeline:
-    """Generates the frames between two observed ends.
+    """Generates the frames between two observed ends."""
 
-    Args:
-        model: the network, in eval mode, on its device.
-        schedule: the noise schedule it was trained with.
-        clip_config: num_frames, size, frame_stride and color_mode of training.
-        noise_offset: of training.
-        amp_dtype: of autocast; None = float32.
-        trained: the rest of a checkpoint: step, args, history and configurations.
-    """
+    model: VideoUNet3D  # in eval mode, on its device
+    schedule: DiffusionSchedule  # that it was trained with
+    clip_config: Mapping[str, Any]  # num_frames, size, frame_stride and color_mode of training
+    noise_offset: float = 0.0  # of training
+    amp_dtype: torch.dtype | None = None  # of autocast; None = float32
+    trained: Mapping[str, Any] = field(default_factory=dict)  # the rest of a checkpoint: step, args, history, configs
 
-    def __init__(
-        self,
-        model: VideoUNet3D,
-        schedule: DiffusionSchedule,
-        clip_config: Mapping[str, Any],
-        noise_offset: float = 0.0,
-        amp_dtype: torch.dtype | None = None,
-        trained: Mapping[str, Any] | None = None,
-    ):
-        self.model = model
-        self.device = next(model.parameters()).device
-        self.schedule = schedule.to(self.device)
-        self.clip_config = clip_config
-        self.noise_offset = noise_offset
-        self.amp_dtype = amp_dtype
-        self.trained = trained or {}
+    def __post_init__(self):
+        self.device = next(self.model.parameters()).device
+        self.schedule.to(self.device)
 
     @classmethod
     def from_checkpoint(
@@ -67,15 +56,13 @@ class MiddleFramePipeline:
         amp: bool = True,
         compile: bool = False,
     ) -> "MiddleFramePipeline":
-        """Load a checkpoint of training.
+        """Load a checkpoint of training; ValueError naming the file or the device if it cannot be used.
 
         Args:
             device: "auto", "cpu", "mps", "cuda" or "cuda:N".
             use_raw_model: take the trained weights instead of their EMA.
             amp: bf16 autocast on a GPU that has it.
             compile: torch.compile the network, for many clips of one shape.
-
-        Raises: ValueError: naming the file or the device, if it cannot be used.
         """
         checkpoint, target = load_checkpoint(path), resolve_device(device)
         try:
@@ -84,42 +71,47 @@ class MiddleFramePipeline:
             raise ValueError(f"{path}: {error}") from error
         load_weights(model, checkpoint["model" if use_raw_model else "ema"], path)
         model = model.to(target).set_memory_format().eval()
+        if compile:
+            model.compile_for_sampling()
         config = checkpoint["diffusion_config"]
-        amp_dtype = choose_amp_dtype(target) if amp else None
+        schedule = DiffusionSchedule(config["timesteps"], config["schedule"])
+        amp_dtype = torch.bfloat16 if amp and choose_amp_dtype(target) is torch.bfloat16 else None
         trained = {name: value for name, value in checkpoint.items() if name not in LEFT_OUT}
-        return cls(
-            model.compile_for_sampling() if compile else model,
-            DiffusionSchedule(config["timesteps"], config["schedule"]),
-            checkpoint["clip_config"],
-            config["noise_offset"],
-            amp_dtype if amp_dtype is torch.bfloat16 else None,
-            trained,
-        )
+        return cls(model, schedule, checkpoint["clip_config"], config["noise_offset"], amp_dtype, trained)
 
     @property
     def endpoint_context(self) -> int:
         """Observed frames K at each end."""
         return self.model.endpoint_context
 
-    @property
-    def is_guidable(self) -> bool:
-        """Whether training dropped contexts, so that guidance has an unconditional branch."""
-        return bool(self.trained["args"].get("cfg_drop_prob")) if self.trained else True
+    def resolve_flags(self, args: argparse.Namespace) -> list[dict[str, Any]]:
+        """Fill a script's clip flags that were not given as in training, and check them and those of the sampler.
 
-    def check_clip(self, num_frames: int, size: int) -> None:
-        """Raises: ValueError: unless clips of so many frames and pixels can be generated."""
-        middle_length(num_frames, self.endpoint_context)
-        check_size(size, self.model.size_multiple)
+        Returns: every combination of the sampler's flags, each as settings of a call.
+        Raises: ValueError: naming the argument, the rule and the value.
+        """
+        for name, trained in {**self.clip_config, "endpoint_context": self.endpoint_context}.items():
+            given = getattr(args, name)
+            if given is None:
+                setattr(args, name, trained)
+            elif name in ("endpoint_context", "color_mode") and given != trained:
+                raise ValueError(f"--{name} is fixed by {args.ckpt} (got {given}, trained with {trained})")
+        grid = settings_grid(vars(args))
+        for way in grid:
+            checked = {name: way[name] for name in SETTINGS if name != "guidance_scale"}
+            check_sampler(self.schedule.timesteps, **checked)
+        middle_length(args.num_frames, args.endpoint_context)
+        check_size(args.size, self.model.size_multiple)
+        if not self.trained["args"].get("cfg_drop_prob") and any(way["guidance_scale"] != 1 for way in grid):
+            remedy = "it needs --guidance_scale 1 (--preset fast beside it)"
+            print(f"note: {args.ckpt} has no trained unconditional branch: {remedy}", file=sys.stderr)
+        return grid
 
     def context(self, frames: Frames, size: int | None = None) -> Tensor:
         """K observed frames of one end as the network takes them, float [B,C,K,H,W] in [-1, 1] on its device.
 
-        Args:
-            frames: a tensor [B,C,K,H,W] or [C,K,H,W] (float in [-1, 1], or uint8), which is taken as it is; or K frames
-                in time order, each a path, a PIL image or an array uint8 [H,W] or [H,W,3], resized and centre-cropped.
-            size: height and width of frames that are resized; None = as in training.
-
-        Raises: ValueError: naming what is wrong with the frames.
+        A tensor [B,C,K,H,W] or [C,K,H,W] (float in [-1, 1], or uint8) is taken as it is; anything else goes through
+        `load_frames`, where None is the size of training.
         """
         if not isinstance(frames, Tensor):
             frames = load_frames(frames, size or self.clip_config["size"], self.clip_config["color_mode"])
@@ -137,39 +129,28 @@ class MiddleFramePipeline:
         callback: Callable[..., None] | None = None,
         **settings: Any,
     ) -> Tensor:
-        """Draw middle frames.
+        """Draw middle frames: float32 [B*num_samples,C,M,H,W] in [-1, 1], the samples of a clip beside each other.
 
         Args:
-            start: the first K frames, see `context`.
-            end: the last K frames.
+            start: the first K frames, as `end` the last, see `context`.
             num_middle: frames to generate; None = as in training.
             num_samples: different middles for each clip.
             generator: one for all, or one per clip and sample; None = torch's global one.
-            callback: see `sample_middle`.
-            settings: preset ("fast" or "reference") and arguments of `sample_middle` such as steps or guidance_scale;
-                what is not given is the preset's, see `sampler_settings`.
-
-        Returns: float32 [B*num_samples,C,M,H,W] in [-1, 1], the samples of a clip beside each other.
-        Raises: ValueError: naming the argument, the rule and the value.
+            settings: of `sampler_settings`, such as preset, steps or guidance_scale; ValueError if out of range.
         """
         contexts = [self.context(frames).repeat_interleave(num_samples, dim=0) for frames in (start, end)]
         m = num_middle or middle_length(self.clip_config["num_frames"], self.endpoint_context)
+        draw = {"noise_offset": self.noise_offset, "generator": generator, "callback": callback}
         settings = sampler_settings(**settings)
         with autocast(self.device, self.amp_dtype):
-            return sample_middle(
-                self.model,
-                self.schedule,
-                *contexts,
-                num_middle=m,
-                noise_offset=self.noise_offset,
-                generator=generator,
-                callback=callback,
-                **settings,
-            )
+            return sample_middle(self.model, self.schedule, *contexts, num_middle=m, **draw, **settings)
 
 
 def load_frames(frames: Sequence[Any], size: int, color_mode: str) -> Tensor:
-    """Paths, PIL images or arrays in time order as one context, uint8 [1,C,K,size,size], treated as clip frames are."""
+    """Frames in time order as one context, uint8 [1,C,K,size,size], resized and centre-cropped as clips are.
+
+    Each is a path, a PIL image or an array uint8 [H,W] or [H,W,3]; ValueError if it is anything else.
+    """
     pictures = []
     for frame in frames:
         if isinstance(frame, (str, Path)):
@@ -190,8 +171,7 @@ def load_frames(frames: Sequence[Any], size: int, color_mode: str) -> Tensor:
 def sampler_settings(preset: str | None = None, **given: Any) -> dict[str, Any]:
     """Arguments of `sample_middle`: those given (None counts as not given), over those of a preset.
 
-    Args:
-        preset: of SAMPLER_PRESETS; None = "fast", or "reference" where any of a preset's settings is given.
+    Without a preset it is "fast", or "reference" where any setting of a preset is given.
     """
     given = {name: value for name, value in given.items() if value is not None}
     in_preset = any(name in given for name in SETTINGS)
@@ -200,18 +180,11 @@ def sampler_settings(preset: str | None = None, **given: Any) -> dict[str, Any]:
 
 def settings_grid(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every combination of a script's sampler flags, of which lists are alternatives; see `sampler_settings`."""
-    names = ("preset", *SETTINGS, "clip_x0", "dynamic_threshold")
-    values = {
-        name: tuple(flags[name]) if name == "guidance_interval" and flags[name] else flags[name] for name in names
-    }
+    values = {name: flags[name] for name in ("preset", *SETTINGS, "clip_x0", "dynamic_threshold")}
+    values["guidance_interval"] = tuple(flags["guidance_interval"] or ()) or None  # a pair is one value
     alternatives = [value if isinstance(value, list) else [value] for value in values.values()]
-    grid = [sampler_settings(**dict(zip(names, combination, strict=True))) for combination in product(*alternatives)]
+    grid = [sampler_settings(**dict(zip(values, combination, strict=True))) for combination in product(*alternatives)]
     return [settings for i, settings in enumerate(grid) if settings not in grid[:i]]
-
-
-def check_settings(timesteps: int, settings: Mapping[str, Any]) -> None:
-    """Raises: ValueError: as `check_sampler`, for the settings of one sample."""
-    check_sampler(timesteps, **{name: settings[name] for name in SETTINGS if name != "guidance_scale"})
 
 
 def describe_settings(settings: Mapping[str, Any]) -> str:
@@ -227,5 +200,5 @@ def describe_settings(settings: Mapping[str, Any]) -> str:
 def forwards_per_clip(timesteps: int, settings: Mapping[str, Any]) -> int:
     """Network forwards (nfe) that one sample costs: one per step, and one more where the step is guided."""
     visited = visited_timesteps(timesteps, settings["steps"], settings["spacing"])
-    scale, interval = settings["guidance_scale"], settings["guidance_interval"]
-    return len(visited) + sum(is_guided(t, timesteps, scale, interval) for t in visited)
+    guidance = settings["guidance_scale"], settings["guidance_interval"]
+    return len(visited) + sum(is_guided(t, timesteps, *guidance) for t in visited)

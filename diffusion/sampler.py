@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +11,7 @@ from torch import Tensor
 from diffusion.noise import generators_per_clip, sample_noise
 from diffusion.schedule import DiffusionSchedule
 
-# Imagen (arXiv:2205.11487, section 2.3) thresholds at a high percentile of |x0|; 99.5 % as in the reference design.
-THRESHOLD_QUANTILE = 0.995
+THRESHOLD_QUANTILE = 0.995  # of |x0|, as in the reference design; Imagen only says a high percentile
 SAMPLERS = ("ddim", "dpmpp_2m")
 SPACINGS = ("linspace", "quadratic", "trailing")
 
@@ -27,18 +27,12 @@ class Denoiser(Protocol):
 
 
 def visited_timesteps(timesteps: int, steps: int, spacing: str = "linspace") -> list[int]:
-    """The indices that a sampler visits, decreasing.
+    """The indices that a sampler visits, falling from timesteps - 1; ValueError unless steps and spacing fit.
 
-    Args:
-        timesteps: length of the noise schedule.
-        steps: how many to visit.
-        spacing: how they lie between timesteps - 1 and 0. "linspace" = evenly, both ends visited; "quadratic" = both
-            ends visited, the closer together the nearer to clean; "trailing" = evenly, ending one stride above clean,
-            so that the last step is as long as the others.
+    "linspace" = evenly, down to 0; "quadratic" = down to 0, the closer together the nearer to clean; "trailing" =
+    evenly, ending one stride above clean, so that the last step is as long as the others.
 
-    Raises: ValueError: for an unknown spacing, or unless 1 <= steps <= timesteps.
-    Source: quadratic: Song et al. 2020, arXiv:2010.02502, appendix D.2; the others: Lin et al. 2023,
-        arXiv:2305.08891, table 2.
+    Source: Song et al. 2020, arXiv:2010.02502, appendix D.2 (quadratic); Lin et al. 2023, arXiv:2305.08891, table 2.
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps must lie in [1, {timesteps}], the length of the noise schedule (got {steps})")
@@ -55,10 +49,7 @@ def visited_timesteps(timesteps: int, steps: int, spacing: str = "linspace") -> 
 def check_sampler(
     timesteps: int, *, sampler: str, steps: int, spacing: str, guidance_interval: tuple[float, float], eta: float
 ) -> None:
-    """Refuse settings that fit no sampler, or not a schedule of so many timesteps.
-
-    Raises: ValueError: naming the argument of `sample_middle`, the rule and the value.
-    """
+    """Refuse settings that no sampler or schedule takes: ValueError, naming the argument, the rule and the value."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)} (got {sampler})")
     if not 0 <= eta <= 1:
@@ -81,34 +72,25 @@ def is_guided(t: int, timesteps: int, guidance_scale: float, guidance_interval: 
 
 
 def guided_denoiser(
-    model: Denoiser,
-    start_context: Tensor,
-    end_context: Tensor,
-    guidance_scale: float,
-    guided: Sequence[bool],
+    model: Denoiser, start_context: Tensor, end_context: Tensor, guidance_scale: float, guided: Sequence[bool]
 ) -> Callable[[Tensor, Tensor, bool], Tensor]:
     """The velocity as a function of (x_t, t, whether this step is guided): contexts are encoded once, here.
 
-    A guided step runs both branches in one forward and returns v_uncond + guidance_scale * (v_cond - v_uncond);
-    another one runs the branch that counts, which is the conditional one unless the scale is 0.
-
-    Args:
-        start_context: [B,C,K,H,W], as end_context.
-        guidance_scale: w.
-        guided: for each step to come, whether it is guided; what no step needs is not encoded.
+    A guided step runs both branches in one forward; another runs the conditional one, or the unconditional one if the
+    scale is 0. `guided` has an entry for each step to come; what none of them needs is not encoded.
 
     Source: Ho & Salimans 2022, arXiv:2207.12598.
     """
-    blank_start, blank_end = torch.zeros_like(start_context), torch.zeros_like(end_context)
-    alone = both = None
+    blank = torch.zeros_like(start_context)
+    single = both = None
     if not all(guided):
-        alone = model.encode_contexts(*((start_context, end_context) if guidance_scale else (blank_start, blank_end)))
+        single = model.encode_contexts(*((start_context, end_context) if guidance_scale else (blank, blank)))
     if any(guided):
-        both = model.encode_contexts(torch.cat([blank_start, start_context]), torch.cat([blank_end, end_context]))
+        both = model.encode_contexts(torch.cat([blank, start_context]), torch.cat([blank, end_context]))
 
     def denoise(x_t: Tensor, t: Tensor, guide: bool) -> Tensor:
         if not guide:
-            return model.denoise(x_t, t, alone).float()
+            return model.denoise(x_t, t, single).float()
         v = model.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float()  # [2B,C,M,H,W]
         v_uncond, v_cond = v.chunk(2)
         return v_uncond + guidance_scale * (v_cond - v_uncond)
@@ -128,12 +110,7 @@ def dynamic_thresholding(x0: Tensor) -> Tensor:
 
 
 def ddim_step(
-    x0_hat: Tensor,
-    eps_hat: Tensor,
-    alpha_bar: float,
-    alpha_bar_prev: float,
-    eta: float,
-    draw_noise: Callable[[], Tensor],
+    x0_hat: Tensor, eps_hat: Tensor, alpha_bar: float, alpha_bar_prev: float, eta: float, draw_eps: Callable[[], Tensor]
 ) -> Tensor:
     """One DDIM update to the next noise level, where alpha_bar_prev = 1 is clean; noise is drawn only if eta > 0.
 
@@ -143,18 +120,13 @@ def ddim_step(
         return x0_hat
     ddim_sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
     x_prev = alpha_bar_prev**0.5 * x0_hat + max(1 - alpha_bar_prev - ddim_sigma**2, 0.0) ** 0.5 * eps_hat
-    return x_prev + ddim_sigma * draw_noise() if ddim_sigma > 0 else x_prev
+    return x_prev + ddim_sigma * draw_eps() if ddim_sigma > 0 else x_prev
 
 
 def extrapolated_x0(x0_hat: Tensor, x0_before: Tensor, levels: Sequence[float]) -> Tensor:
-    """The clean prediction half a step ahead, on a line through the last two in log-SNR.
+    """The clean prediction half a step ahead, on a line in log-SNR through this one and that of one step earlier.
 
-    A DDIM step taken with it, and with the eps that it implies, is DPM-Solver++(2M)'s.
-
-    Args:
-        x0_hat: the prediction at the present noise level, [B,C,M,H,W].
-        x0_before: that of one step earlier, at a noisier level.
-        levels: alpha_bar one step earlier, now, and after the step to take; each below 1.
+    A DDIM step with it is DPM-Solver++(2M)'s. `levels` are alpha_bar one step earlier, now and one step ahead, below 1.
 
     Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
     """
@@ -164,82 +136,62 @@ def extrapolated_x0(x0_hat: Tensor, x0_before: Tensor, levels: Sequence[float]) 
 
 @torch.no_grad()
 def sample_middle(
-    model: Denoiser,
-    schedule: DiffusionSchedule,
-    start_context: Tensor,
-    end_context: Tensor,
+    model: Denoiser,  # in eval mode
+    schedule: DiffusionSchedule,  # that it was trained with
+    start_context: Tensor,  # [B,C,K,H,W] in [-1, 1]
+    end_context: Tensor,  # [B,C,K,H,W] in [-1, 1]
     *,
-    num_middle: int,
-    sampler: str = "ddim",
-    steps: int = 40,
-    spacing: str = "linspace",
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    eta: float = 0.0,
-    clip_x0: bool = True,
-    dynamic_threshold: bool = False,
-    noise_offset: float = 0.0,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    callback: Callable[..., None] | None = None,
+    num_middle: int,  # frames to generate, M >= 1
+    sampler: str = "ddim",  # or "dpmpp_2m": second order, deterministic, so that eta must be 0
+    steps: int = 40,  # in [1, timesteps]
+    spacing: str = "linspace",  # of the timesteps that are visited, see `visited_timesteps`
+    guidance_scale: float = 1.0,  # 1 = plain conditional, 0 = unconditional, above 1 = guided, two branches per step
+    guidance_interval: tuple[float, float] = (0.0, 1.0),  # guide at these shares of the schedule only, 0 = clean
+    eta: float = 0.0,  # 0 = deterministic DDIM .. 1 = DDPM's posterior noise
+    clip_x0: bool = True,  # clamp every clean prediction to [-1, 1] and re-derive eps from it
+    dynamic_threshold: bool = False,  # scale by a percentile instead of clamping; replaces clip_x0
+    noise_offset: float = 0.0,  # as in training
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,  # one, or one per clip; None = torch's global
+    callback: Callable[..., None] | None = None,  # called at every step with i, t, x_t, v (guided), x0_hat (clipped)
 ) -> Tensor:
-    """Draw middle frames given both contexts.
+    """Draw middle frames given both contexts: [B,C,M,H,W] float32, within [-1, 1] unless clip_x0 is off.
 
-    Args:
-        model: anything with `encode_contexts` and `denoise`; put it in eval mode first.
-        schedule: the schedule it was trained with.
-        start_context: first observed frames, [B,C,K,H,W] in [-1, 1], as end_context, the last ones.
-        num_middle: frames to generate, M >= 1.
-        sampler: "ddim", or "dpmpp_2m" (second order, deterministic: eta must be 0).
-        steps: sampler steps, in [1, timesteps].
-        spacing: which timesteps they visit, see `visited_timesteps`.
-        guidance_scale: 1 = plain conditional, 0 = unconditional, above 1 = guided (two branches in one forward).
-        guidance_interval: shares of the schedule, 0 = clean and 1 = noise, between which steps are guided; outside
-            them a scale above 1 counts as 1, and one branch runs.
-        eta: 0 = deterministic DDIM .. 1 = DDPM's posterior noise.
-        clip_x0: clamp every clean prediction to [-1, 1] and re-derive eps from it.
-        dynamic_threshold: scale by a percentile instead of clamping; replaces clip_x0.
-        noise_offset: as in training.
-        generator: one generator, or one per clip; each clip has its own noise, so its result is independent of the
-            batch it is in.
-        callback: called at every step with the keywords i (step number), t ([B] long), x_t, v (guided), x0_hat (as
-            used, so after clipping).
-
-    Returns: middle, [B,C,M,H,W] float32; within [-1, 1] unless clip_x0 is off.
-    Raises: ValueError: for contexts of different shapes or an argument out of its range.
+    A clip has its own noise, so its result is independent of the batch it is in. ValueError for contexts of different
+    shapes or an argument out of its range.
     """
     if start_context.dim() != 5 or start_context.shape != end_context.shape:
-        raise ValueError(
-            "start_context and end_context must be [B,C,K,H,W] of one shape "
-            f"(got {tuple(start_context.shape)} and {tuple(end_context.shape)})"
-        )
+        got = f"{tuple(start_context.shape)} and {tuple(end_context.shape)}"
+        raise ValueError(f"start_context and end_context must be [B,C,K,H,W] of one shape (got {got})")
     if num_middle < 1:
         raise ValueError(f"num_middle must be at least 1 (got {num_middle})")
     spaced = {"sampler": sampler, "steps": steps, "spacing": spacing}
     check_sampler(schedule.timesteps, **spaced, guidance_interval=guidance_interval, eta=eta)
 
+    # Plan the steps and encode the contexts.
     visited = visited_timesteps(schedule.timesteps, steps, spacing)
+    levels = [*schedule.alpha_bar[visited].tolist(), 1.0]  # alpha_bar before each step and, clean, after the last
     guided = [is_guided(t, schedule.timesteps, guidance_scale, guidance_interval) for t in visited]
     b, c, _, h, w = start_context.shape
     device = start_context.device
-    shape = (c, num_middle, h, w)
-    generators = generators_per_clip(generator, b)
+    draw_eps = partial(sample_noise, (c, num_middle, h, w), generators_per_clip(generator, b), device)
     denoise = guided_denoiser(model, start_context, end_context, guidance_scale, guided)
 
-    x_t = sample_noise(shape, generators, device, noise_offset)  # [B,C,M,H,W]
-    levels = schedule.alpha_bar[visited].tolist()
+    # Denoise step by step.
+    x_t = draw_eps(noise_offset=noise_offset)  # [B,C,M,H,W]
     x0_before = None
     for i, t_now in enumerate(visited):
-        t = torch.full((b,), t_now, dtype=torch.long, device=device)
+        t = torch.full((b,), t_now, device=device)
         v = denoise(x_t, t, guided[i])
         x0_hat = schedule.x0_from_v(x_t, v, t)
-        if dynamic_threshold or clip_x0:
-            x0_hat = dynamic_thresholding(x0_hat) if dynamic_threshold else x0_hat.clamp(-1, 1)
+        if dynamic_threshold:
+            x0_hat = dynamic_thresholding(x0_hat)
+        elif clip_x0:
+            x0_hat = x0_hat.clamp(-1, 1)
         if callback is not None:
             callback(i=i, t=t, x_t=x_t, v=v, x0_hat=x0_hat)
         second_order = sampler == "dpmpp_2m" and 0 < i < steps - 1
         x0_used = extrapolated_x0(x0_hat, x0_before, levels[i - 1 : i + 2]) if second_order else x0_hat
         eps_hat = schedule.eps_from_x0(x_t, x0_used, t)
-        level_prev = levels[i + 1] if i + 1 < steps else 1.0
-        x_t = ddim_step(x0_used, eps_hat, levels[i], level_prev, eta, lambda: sample_noise(shape, generators, device))
+        x_t = ddim_step(x0_used, eps_hat, levels[i], levels[i + 1], eta, draw_eps)
         x0_before = x0_hat
     return x_t

@@ -1,7 +1,4 @@
-"""Noise schedule tables and the algebra between x0, eps, v and x_t.
-
-Owns every square root of the project: scripts, loss and sampler speak of `add_noise` and `x0_from_v`.
-"""
+"""Noise schedule tables and the algebra between x0, eps, v and x_t: the home of every square root."""
 
 import math
 
@@ -27,14 +24,12 @@ def linear_betas(timesteps: int) -> Tensor:
 
 
 class DiffusionSchedule:
-    """The forward process q(x_t | x0) = N(alpha_t * x0, sigma_t^2) with alpha_t^2 + sigma_t^2 = 1.
+    """The forward process q(x_t | x0) = N(alpha_t * x0, sigma_t^2) with alpha_t^2 + sigma_t^2 = 1, and its algebra.
 
-    Attributes:
-        timesteps: schedule length; `t` runs over [0, timesteps).
-        schedule: "cosine" or "linear".
-        alpha_bar: alpha_t squared, [timesteps] float64, decreasing in (0, 1).
+    `alpha_bar` is alpha_t squared, [timesteps] float64, decreasing in (0, 1). In the algebra x0, eps, x_t and v are
+    [B,C,M,H,W], and t is [B] long in [0, timesteps): ValueError unless it is one index per clip.
 
-    Raises: ValueError: for an unknown schedule or fewer than one timestep.
+    Source: Ho et al. 2020, arXiv:2006.11239; of the velocity v: Salimans & Ho 2022, arXiv:2202.00512.
     """
 
     def __init__(self, timesteps: int = 1000, schedule: str = "cosine"):
@@ -54,10 +49,7 @@ class DiffusionSchedule:
         return self
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t, each [B,1,1,1,1] in the dtype and on the device of `like`.
-
-        Raises: ValueError: if t is not one index per clip.
-        """
+        """alpha_t and sigma_t, each [B,1,1,1,1] in the dtype and on the device of `like`."""
         if t.shape != like.shape[:1]:
             raise ValueError(f"t must hold one index per clip, shape ({like.shape[0]},) (got {tuple(t.shape)})")
         alpha_bar = self.alpha_bar[t.to(self.alpha_bar.device)].view(-1, *[1] * (like.dim() - 1))
@@ -69,36 +61,26 @@ class DiffusionSchedule:
         return alpha_bar / (1 - alpha_bar)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Noisy frames x_t = alpha_t * x0 + sigma_t * eps, all [B,C,M,H,W]; t is [B] long in [0, timesteps).
-
-        Raises: ValueError: if t is not one index per clip.
-        """
+        """Noisy frames x_t = alpha_t * x0 + sigma_t * eps."""
         alpha_t, sigma_t = self.alpha_sigma(t, x0)
         return alpha_t * x0 + sigma_t * eps
 
     def v_from(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Velocity v = alpha_t * eps - sigma_t * x0; shapes and errors as in `add_noise`.
-
-        Source: Salimans & Ho 2022, arXiv:2202.00512.
-        """
+        """Velocity v = alpha_t * eps - sigma_t * x0."""
         alpha_t, sigma_t = self.alpha_sigma(t, x0)
         return alpha_t * eps - sigma_t * x0
 
     def x0_from_v(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Clean frames implied by a velocity: alpha_t * x_t - sigma_t * v; shapes and errors as in `add_noise`.
-
-        Returns: x0, near [-1, 1] but not clamped.
-        Source: Salimans & Ho 2022, arXiv:2202.00512.
-        """
+        """Clean frames x0 = alpha_t * x_t - sigma_t * v implied by a velocity; near [-1, 1] but not clamped."""
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         return alpha_t * x_t - sigma_t * v
 
     def eps_from_v(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Noise implied by a velocity: sigma_t * x_t + alpha_t * v; shapes and errors as in `add_noise`."""
+        """Noise eps = sigma_t * x_t + alpha_t * v implied by a velocity."""
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         return sigma_t * x_t + alpha_t * v
 
     def eps_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """Noise that leads from given clean frames to x_t: (x_t - alpha_t * x0) / sigma_t; shapes as in `add_noise`."""
+        """Noise eps = (x_t - alpha_t * x0) / sigma_t that leads from given clean frames to x_t."""
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         return (x_t - alpha_t * x0) / sigma_t

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_video_ddpm
+import utils.io
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.io import save_mp4
 
@@ -16,12 +17,9 @@ torch.set_num_threads(1)  # tiny tensors: threads only cost, and spin where test
 
 def numbered_frames(count, height=64, width=64):
     """Frames [T,H,W,3] uint8: the stripes of frame i, left to right, are the bits of i; the bottom half is red."""
-    frames = np.zeros((count, height, width, 3), np.uint8)
-    for i in range(count):
-        for bit in range(8):
-            if i >> bit & 1:
-                frames[i, :, bit * width // 8 : (bit + 1) * width // 8] = 255
-        frames[i, height // 2 :, :, 1:] //= 4
+    bits = np.arange(count)[:, None] >> np.arange(width) * 8 // width & 1  # [T,W]
+    frames = np.broadcast_to(bits[:, None, :, None] * np.uint8(255), (count, height, width, 3)).astype(np.uint8)
+    frames[:, height // 2 :, :, 1:] //= 4
     return frames
 
 
@@ -72,37 +70,44 @@ def moving_square(seed, frames=14, size=32):
     return torch.from_numpy(clip).permute(3, 0, 1, 2)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def quick(monkeypatch):
-    """What costs much and few tests are about: flushing to a busy disk (no test cuts the power), and drawing curves.
+    """Leave out what costs much and few tests are about: flushing to a busy disk (nobody cuts the power), and curves.
 
-    Fixtures of a wider scope are set up before this, so the run of `learned` draws its curves.
+    Modules that train a lot ask for it: pytestmark = pytest.mark.usefixtures("quick"). Fixtures of a wider scope are
+    set up before it, so the runs of those flush and draw.
     """
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(train_video_ddpm, "save_training_curves", lambda file, history: False)
+    monkeypatch.setattr(utils.io, "save_training_curves", lambda file, history: False)
+
+
+def write_squares(folder, count=10, first=0, size=16):
+    """A folder of so many clips of moving squares, by their seeds from `first` on; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        save_mp4(folder / f"{i:02d}.mp4", moving_square(first + i, size=size), fps=10)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def square_videos(tmp_path_factory):
     """A folder of 10 small clips, 14 frames of 32x32, not split by folders."""
-    root = tmp_path_factory.mktemp("squares")
-    for i in range(10):
-        save_mp4(root / f"{i:02d}.mp4", moving_square(i), fps=10)
-    return root
+    return write_squares(tmp_path_factory.mktemp("squares"), size=32)
 
 
-TINY_FLAGS = [
-    "--size", "16", "--base_channels", "12", "--channel_mults", "1", "2", "--res_blocks", "1",
-    "--temporal_attn_levels", "1", "--batch_size", "2", "--num_workers", "0", "--vis_steps", "2", "--lr", "1e-3",
-]  # fmt: skip
+def words(text):
+    """The words of a command line without quotes."""
+    return text.split()
+
+
+NETWORK = "--size 16 --base_channels 12 --channel_mults 1 2 --res_blocks 1 --temporal_attn_levels 1"
+TINY_FLAGS = words(f"{NETWORK} --batch_size 2 --num_workers 0 --vis_steps 2 --lr 1e-3")
 
 
 def tiny_checkpoint(root, videos, *flags):
     """A tiny checkpoint whose output layer is shaken awake, so that contexts and noise show in its samples."""
-    status = train_video_ddpm.main(
-        ["--data_root", str(videos), "--out_dir", str(root / "run"), "--cache_dir", str(root / "cache"),
-         "--max_steps", "2", "--vis_every", "0", *TINY_FLAGS, *flags]
-    )  # fmt: skip
+    folders = ["--data_root", str(videos), "--out_dir", str(root / "run"), "--cache_dir", str(root / "cache")]
+    status = train_video_ddpm.main([*folders, *TINY_FLAGS, *words("--max_steps 2 --vis_every 0"), *flags])
     assert status == 0
     checkpoint = load_checkpoint(root / "run" / "last.pt")
     generator = torch.Generator().manual_seed(0)

@@ -2,8 +2,8 @@
 
     python tests/hostile.py FOLDER
 
-writes all of them below FOLDER, for a look with other programs. Each file is made by a function of its path, by whose
-name in GOOD, BAD, GOOD_IMAGES or BAD_IMAGES the hazard is known.
+writes all of them below FOLDER, for a look with other programs. GOOD, BAD, GOOD_IMAGES and BAD_IMAGES hold, by the name
+of the hazard, a function that writes the file of a given path.
 """
 
 import io
@@ -11,7 +11,6 @@ import os
 import struct
 import sys
 import zlib
-from functools import partial
 from pathlib import Path
 
 import av
@@ -19,11 +18,13 @@ import numpy as np
 from PIL import Image
 
 if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
-    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import numbered_frames, write_mp4
 
 FRAMES = 24
+FRAGMENTED = {"movflags": "frag_keyframe+empty_moov"}
+SELF_CONTAINED = {"x264-params": "repeat-headers=1", "threads": "1", "tune": "zerolatency"}
 
 
 def mp4(path, frames=FRAMES, size=(64, 64), **settings):
@@ -32,14 +33,27 @@ def mp4(path, frames=FRAMES, size=(64, 64), **settings):
     return path.read_bytes()
 
 
-def box(kind, content=b""):
-    """One MP4 box."""
-    return struct.pack(">I", 8 + len(content)) + kind + content
+def video(*changes, **settings):
+    """A writer of `mp4`, with changes to its boxes: (a box's name, an offset from it, the bytes there)."""
+
+    def write(path):
+        whole = bytearray(mp4(path, **settings))
+        for name, offset, content in changes:
+            place = whole.index(name) + offset
+            whole[place : place + len(content)] = content
+        path.write_bytes(whole)
+
+    return write
+
+
+def u32(*numbers):
+    """Unsigned 32-bit numbers as MP4 and PNG write them."""
+    return struct.pack(f">{len(numbers)}I", *numbers)
 
 
 def chunk(kind, content):
     """One PNG chunk."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return u32(len(content)) + kind + content + u32(zlib.crc32(kind + content))
 
 
 def png(width, height, rows, depth=8, colour=2, extra=b""):
@@ -52,28 +66,22 @@ def png(width, height, rows, depth=8, colour=2, extra=b""):
 
 def picture():
     """A small ordinary picture, for Pillow."""
-    from PIL import Image
-
     return Image.fromarray(numbered_frames(6, 48, 64)[5])
 
 
-# --- videos: every function writes the file it is given ---------------------------------------------------------------
+def image(convert=lambda image: image, format="PNG", **settings):
+    """A writer of `picture`, converted and saved as asked."""
+    return lambda path: convert(picture()).save(path, format=format, **settings)
 
 
-def zero_bytes(path):
-    path.touch()
+def orientation(number):
+    """EXIF data of that orientation; there are 1 to 8."""
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return exif
 
 
-def random_bytes(path):
-    path.write_bytes(np.random.default_rng(0).bytes(20_000))
-
-
-def text(path):
-    path.write_text("not a video\n" * 100)
-
-
-def png_renamed(path):
-    picture().save(path, format="PNG")
+# --- videos -----------------------------------------------------------------------------------------------------------
 
 
 def gif_renamed(path):
@@ -84,10 +92,6 @@ def gif_renamed(path):
 def playlist_renamed(path):
     mp4(path.with_name("played.bin"))
     path.write_text("ffconcat version 1.0\nfile played.bin\n")
-
-
-def hls_renamed(path):
-    path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/secret.ts\n#EXT-X-ENDLIST\n")
 
 
 def index_cut_off(path):
@@ -108,43 +112,12 @@ def damaged_in_the_middle(path):
     path.write_bytes(whole)
 
 
-def a_billion_frames_promised(path):
-    whole = bytearray(mp4(path))
-    place = whole.index(b"stsz") + 12  # after version and flags, and the common size: the count
-    whole[place : place + 4] = struct.pack(">I", 10**9)
-    path.write_bytes(whole)
-
-
-def forty_million_frames_of_one_byte(path):
-    whole = bytearray(mp4(path))
-    place = whole.index(b"stsz") + 8  # the size of every sample, and the count
-    whole[place : place + 8] = struct.pack(">II", 1, 40_000_000)
-    chunks = whole.index(b"stsc") + 12  # all in one chunk
-    whole[chunks : chunks + 12] = struct.pack(">III", 1, 40_000_000, 1)
-    times = whole.index(b"stts") + 12
-    whole[times : times + 8] = struct.pack(">II", 40_000_000, 512)
-    path.write_bytes(whole)
-
-
-def fragment_of_two_hundred_million_frames(path):
-    whole = bytearray(mp4(path, container={"movflags": "frag_keyframe+empty_moov"}))
-    place = whole.index(b"trun") + 8
-    whole[place : place + 4] = struct.pack(">I", 200_000_000)
-    path.write_bytes(whole)
-
-
-def box_larger_than_the_file(path):
-    whole = bytearray(mp4(path))
-    place = whole.index(b"moov") - 4
-    whole[place : place + 4] = struct.pack(">I", 2**32 - 1)
-    path.write_bytes(whole)
-
-
 def boxes_within_boxes(path):
     nested = b""
-    for _ in range(20_000):
-        nested = box(b"moov", nested) if len(nested) < 160_000 else nested
-    path.write_bytes(box(b"ftyp", b"isom\0\0\2\0isomiso2avc1mp41") + nested)
+    while len(nested) < 160_000:
+        nested = u32(8 + len(nested)) + b"moov" + nested
+    start = b"ftyp" + b"isom\0\0\2\0isomiso2avc1mp41"
+    path.write_bytes(u32(4 + len(start)) + start + nested)
 
 
 def audio_only(path):
@@ -152,8 +125,8 @@ def audio_only(path):
         stream = container.add_stream("aac", rate=44_100)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 44_100
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        for sound in (frame, None):
+            container.mux(stream.encode(sound))
 
 
 def frames_of_8192x8192(path):
@@ -161,9 +134,8 @@ def frames_of_8192x8192(path):
 
 
 def frames_as_large_as_is_allowed(path):
+    frames = np.broadcast_to(np.zeros((1, 2160, 3840, 3), np.uint8), (20, 2160, 3840, 3))
     # sixteen reference frames: as many as a decoder ever keeps
-    one = np.zeros((1, 2160, 3840, 3), np.uint8)
-    frames = np.broadcast_to(one, (20, *one.shape[1:]))
     write_mp4(path, frames, options={"preset": "ultrafast", "refs": "16", "bf": "3"})
 
 
@@ -171,8 +143,7 @@ def two_sizes(path):
     first, second = (encoded(numbered_frames(FRAMES // 2, *size)) for size in ((64, 64), (96, 128)))
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=10)
-        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
-        stream.options = {"x264-params": "repeat-headers=1", "threads": "1", "tune": "zerolatency"}
+        stream.height, stream.width, stream.pix_fmt, stream.options = 64, 64, "yuv420p", SELF_CONTAINED
         container.start_encoding()
         for number, (data, is_key) in enumerate([*first, *second]):
             packet = av.Packet(data)
@@ -186,78 +157,14 @@ def encoded(frames):
     """Frames as H.264 packets that carry their own headers, in order, each with whether it is a keyframe."""
     context = av.CodecContext.create("libx264", "w")
     context.height, context.width, context.pix_fmt = *frames.shape[1:3], "yuv420p"
-    context.framerate = 10
-    context.options = {"x264-params": "repeat-headers=1", "threads": "1", "tune": "zerolatency"}
-    packets = []
-    for pixels in [*frames, None]:
-        frame = None if pixels is None else av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        packets += [(bytes(packet), packet.is_keyframe) for packet in context.encode(frame)]
-    return packets
-
-
-def rotated(path):
-    whole = bytearray(mp4(path, size=(64, 96)))
-    matrix = whole.index(b"tkhd") + 4 + 40  # of version 0
-    whole[matrix : matrix + 36] = struct.pack(">9i", 0, 2**16, 0, -(2**16), 0, 0, 0, 0, 2**30)
-    path.write_bytes(whole)
-
-
-def variable_rate(path):
-    steps = np.cumsum([1 + (i * 7) % 5 for i in range(FRAMES)])
-    mp4(path, rate=30, pts=steps.tolist())
-
-
-def b_frames(path):
-    mp4(path, options={"bf": "3", "g": "12"})
-
-
-def ten_bit(path):
-    mp4(path, pix_fmt="yuv420p10le")
-
-
-def gray(path):
-    mp4(path, pix_fmt="gray")
-
-
-def odd_size(path):
-    mp4(path, size=(35, 63), pix_fmt="yuv444p")
-
-
-def very_wide(path):
-    mp4(path, size=(16, 1024))
-
-
-def fragmented(path):
-    mp4(path, container={"movflags": "frag_keyframe+empty_moov"})
-
-
-def another_codec(path):
-    mp4(path, codec="mpeg4")
-
-
-def too_short(path):
-    mp4(path, frames=3)
-
-
-def fifo(path):
-    os.mkfifo(path)
-
-
-def device(path):
-    path.symlink_to("/dev/zero")
+    context.framerate, context.options = 10, SELF_CONTAINED
+    pictures = [av.VideoFrame.from_ndarray(pixels, format="rgb24") for pixels in frames]
+    return [(bytes(packet), packet.is_keyframe) for frame in [*pictures, None] for packet in context.encode(frame)]
 
 
 def folder(path):
     path.mkdir()
     (path / "readme.txt").write_text("a folder by that name")
-
-
-def link_to_itself(path):
-    path.symlink_to(path)
-
-
-def link_to_nothing(path):
-    path.symlink_to(path.with_name("nothing.mp4"))
 
 
 def folder_in_a_circle(path):
@@ -271,29 +178,51 @@ def no_permission(path):
     path.chmod(0)
 
 
-GOOD = (  # that a run must use, whatever is odd about them
-    two_sizes, rotated, variable_rate, b_frames, ten_bit, gray, odd_size, very_wide, fragmented, another_codec,
-    damaged_in_the_middle, frames_cut_off, frames_as_large_as_is_allowed, box_larger_than_the_file,
-)  # fmt: skip
-BAD = (
-    zero_bytes, random_bytes, text, png_renamed, gif_renamed, playlist_renamed, hls_renamed, index_cut_off,
-    a_billion_frames_promised, forty_million_frames_of_one_byte,
-    fragment_of_two_hundred_million_frames, boxes_within_boxes, audio_only,
-    frames_of_8192x8192, too_short, fifo, device, folder, link_to_itself, link_to_nothing, folder_in_a_circle,
-    no_permission,
-)  # fmt: skip
+def by_name(*writers):
+    return {write.__name__: write for write in writers}
+
+
+SPECIAL = {  # no file at all
+    "fifo": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": folder,
+    "link_to_itself": lambda path: path.symlink_to(path),
+    "link_to_nothing": lambda path: path.symlink_to(path.with_name("nothing.mp4")),
+}
+GOOD = {  # that a run must use, whatever is odd about them
+    **by_name(two_sizes, damaged_in_the_middle, frames_cut_off, frames_as_large_as_is_allowed),
+    "rotated": video((b"tkhd", 44, struct.pack(">9i", 0, 2**16, 0, -(2**16), 0, 0, 0, 0, 2**30)), size=(64, 96)),
+    "variable_rate": video(rate=30, pts=np.cumsum([1 + (i * 7) % 5 for i in range(FRAMES)]).tolist()),
+    "b_frames": video(options={"bf": "3", "g": "12"}),
+    "ten_bit": video(pix_fmt="yuv420p10le"),
+    "gray": video(pix_fmt="gray"),
+    "odd_size": video(size=(35, 63), pix_fmt="yuv444p"),
+    "very_wide": video(size=(16, 1024)),
+    "fragmented": video(container=FRAGMENTED),
+    "another_codec": video(codec="mpeg4"),
+    "box_larger_than_the_file": video((b"moov", -4, u32(2**32 - 1))),
+}
+PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/secret.ts\n#EXT-X-ENDLIST\n"
+ONE_BYTE_EACH = [(b"stsz", 8, u32(1, 40_000_000))]  # the size of every sample, and the count
+ONE_BYTE_EACH += [(b"stsc", 12, u32(1, 40_000_000, 1)), (b"stts", 12, u32(40_000_000, 512))]  # all in one chunk
+BAD = {
+    "zero_bytes": Path.touch,
+    "random_bytes": lambda path: path.write_bytes(np.random.default_rng(0).bytes(20_000)),
+    "text": lambda path: path.write_text("not a video\n" * 100),
+    "png_renamed": image(),
+    "hls_renamed": lambda path: path.write_text(PLAYLIST),
+    **by_name(gif_renamed, playlist_renamed, index_cut_off, boxes_within_boxes, audio_only, frames_of_8192x8192),
+    "a_billion_frames_promised": video((b"stsz", 12, u32(10**9))),
+    "forty_million_frames_of_one_byte": video(*ONE_BYTE_EACH),
+    "fragment_of_two_hundred_million_frames": video((b"trun", 8, u32(200_000_000)), container=FRAGMENTED),
+    "too_short": video(frames=3),
+    **by_name(folder_in_a_circle, no_permission),
+    **SPECIAL,
+}
 NAMES = ("-leading dash.mp4", "line\nbreak.mp4", "clip:01.mp4", "%d %s.mp4", "umlaut \u00fc \u6f22.MP4", "quote'\".mp4")
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
-
-
-def zero_bytes_image(path):
-    path.touch()
-
-
-def text_image(path):
-    path.write_text("not an image")
 
 
 def cut_image(path):
@@ -316,14 +245,11 @@ def as_large_as_is_allowed(path):
 
 
 def bomb_of_text(path):
-    words = zlib.compress(bytes(200_000_000), 9)
-    extra = chunk(b"zTXt", b"comment\0\0" + words)
-    path.write_bytes(png(4, 4, [bytes(13)] * 4, extra=extra))
+    text = chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(200_000_000), 9))
+    path.write_bytes(png(4, 4, [bytes(13)] * 4, extra=text))
 
 
 def gif_of_5000_frames(path):
-    from PIL import Image
-
     frames = [Image.new("P", (32, 32), i % 256) for i in range(2)] * 2500
     for i, frame in enumerate(frames):
         frame.putpixel((i % 32, i // 32 % 32), 7)
@@ -335,13 +261,7 @@ def video_renamed(path):
     path.with_suffix(".mp4").rename(path)
 
 
-def postscript_renamed(path):
-    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(%pipe%touch /tmp/ran) (w) file\nshowpage\n")
-
-
 def jpeg_of_10000_scans(path):
-    from PIL import Image
-
     whole = io.BytesIO()
     Image.new("L", (4096, 4096)).save(whole, format="JPEG", progressive=True)
     data = whole.getvalue()
@@ -349,39 +269,7 @@ def jpeg_of_10000_scans(path):
     path.write_bytes(data[:-2] + data[last:-2] * 10_000 + data[-2:])
 
 
-def senseless_exif(path):
-    from PIL import Image
-
-    exif = Image.Exif()
-    exif[0x0112] = 99  # orientations are 1 to 8
-    picture().save(path, format="JPEG", exif=exif)
-
-
-def exif_of_noise(path):
-    whole = io.BytesIO()
-    picture().save(whole, format="JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + np.random.default_rng(1).bytes(300))
-    path.write_bytes(whole.getvalue())
-
-
-def turned_by_exif(path):
-    from PIL import Image
-
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture().save(path, format="JPEG", exif=exif)
-
-
-def palette_with_transparency(path):
-    picture().quantize(8).save(path, format="PNG", transparency=0)
-
-
-def gray_with_alpha(path):
-    picture().convert("LA").save(path, format="PNG")
-
-
 def sixteen_bit_gray(path):
-    from PIL import Image
-
     Image.fromarray(np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21).save(path, format="PNG")
 
 
@@ -390,48 +278,39 @@ def sixteen_bit_colour(path):
     path.write_bytes(png(64, 48, [row] * 48, depth=16))
 
 
-def one_bit(path):
-    picture().convert("1").save(path, format="PNG")
+NOISE = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + np.random.default_rng(1).bytes(300)
+POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(%pipe%touch /tmp/ran) (w) file\nshowpage\n"
+GOOD_IMAGES = {
+    **by_name(as_large_as_is_allowed, gif_of_5000_frames, sixteen_bit_gray, sixteen_bit_colour),
+    "senseless_exif": image(format="JPEG", exif=orientation(99)),
+    "exif_of_noise": image(format="JPEG", exif=NOISE),
+    "turned_by_exif": image(format="JPEG", exif=orientation(6)),
+    "palette_with_transparency": image(lambda image: image.quantize(8), transparency=0),
+    "gray_with_alpha": image(lambda image: image.convert("LA")),
+    "one_bit": image(lambda image: image.convert("1")),
+    "cmyk": image(lambda image: image.convert("CMYK"), format="JPEG"),
+    "one_pixel": lambda path: path.write_bytes(png(1, 1, [bytes(4)])),
+    "a_line": lambda path: path.write_bytes(png(100_000, 1, [bytes(1 + 300_000)])),
+}
+BAD_IMAGES = {
+    "zero_bytes_image": Path.touch,
+    "text_image": lambda path: path.write_text("not an image"),
+    "postscript_renamed": lambda path: path.write_text(POSTSCRIPT),
+    **by_name(cut_image, jpeg_of_10000_scans, bomb_of_900_megapixels, bomb_of_64_megapixels, bomb_of_text),
+    **by_name(video_renamed),
+    **SPECIAL,
+}
 
 
-def cmyk(path):
-    picture().convert("CMYK").save(path, format="JPEG")
-
-
-def one_pixel(path):
-    path.write_bytes(png(1, 1, [bytes(4)]))
-
-
-def a_line(path):
-    path.write_bytes(png(100_000, 1, [bytes(1 + 300_000)]))
-
-
-GOOD_IMAGES = (
-    as_large_as_is_allowed, gif_of_5000_frames, senseless_exif, exif_of_noise, turned_by_exif,
-    palette_with_transparency, gray_with_alpha, sixteen_bit_gray, sixteen_bit_colour, one_bit, cmyk, one_pixel, a_line,
-)  # fmt: skip
-BAD_IMAGES = (
-    zero_bytes_image, text_image, cut_image, jpeg_of_10000_scans, bomb_of_900_megapixels, bomb_of_64_megapixels,
-    bomb_of_text, video_renamed, postscript_renamed, fifo, device, folder, link_to_itself, link_to_nothing,
-)  # fmt: skip
-
-
-def make_videos(root):
-    """All hostile videos below `root`, and an ordinary one under each odd name."""
-    root.mkdir(parents=True, exist_ok=True)
-    for make in (*GOOD, *BAD):
-        make(root / f"{make.__name__}.mp4")
+def make_all(root):
+    """Every hostile file below root/videos and root/images, and an ordinary video under each odd name."""
+    for kind, suffix, writers in (("videos", ".mp4", GOOD | BAD), ("images", ".png", GOOD_IMAGES | BAD_IMAGES)):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+        for name, write in writers.items():
+            write(root / kind / f"{name}{suffix}")
     for name in NAMES:
-        mp4(root / name)
-
-
-def make_images(root):
-    """All hostile images below `root`."""
-    root.mkdir(parents=True, exist_ok=True)
-    for make in (*GOOD_IMAGES, *BAD_IMAGES):
-        make(root / f"{make.__name__}.png")
+        mp4(root / "videos" / name)
 
 
 if __name__ == "__main__":
-    make_videos(Path(sys.argv[1]) / "videos")
-    make_images(Path(sys.argv[1]) / "images")
+    make_all(Path(sys.argv[1]))

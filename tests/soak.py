@@ -30,16 +30,26 @@ from collections import Counter
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
-    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hostile as files
+import torch
+from conftest import TINY_FLAGS, write_squares
+
+import sample_video_ddpm
+import train_video_ddpm
+from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset
+from data.video_index import Video, prepare_videos, probe_or_reason
+from training.checkpointer import load_latest
+from utils.checkpoint import load_checkpoint
+from utils.io import read_image
+from utils.video_utils import resize_and_crop
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = False  # whether training processes are forks of this one, and so need not import torch
 SECONDS_PER_FILE = 10
 MEMORY_PER_FILE = 300 * 10**6  # bytes of growth
-TINY = [
-    "--size", "16", "--base_channels", "12", "--channel_mults", "1", "2", "--res_blocks", "1",
-    "--temporal_attn_levels", "1", "--batch_size", "2", "--num_workers", "0", "--vis_steps", "2", "--lr", "1e-3",
-]  # fmt: skip
+WINDOW = {"num_frames": 8, "frame_stride": 1, "random_window": True}
 
 
 # --- one file, in a process of its own that may crash or hang ---------------------------------------------------------
@@ -47,16 +57,13 @@ TINY = [
 
 def look_at_video(path):
     """What training does with a file: find out what is in it, and cut a clip."""
-    from data.kinetics_video_dataset import DecodedFrames, Video, VideoClipDataset, probe_or_reason
-
     info, reason = probe_or_reason(path)
     if info is not None and info.frames < 8:
         reason = f"{info.frames} frames"
     if reason:
         return f"refused: {reason}"
     video = Video(str(path), path.name, info, "")
-    settings = {"num_frames": 8, "frame_stride": 1, "seed": 0, "random_window": True}
-    read = VideoClipDataset([video], DecodedFrames(64, "rgb"), **settings)[0, 0]
+    read = VideoClipDataset([video], DecodedFrames(64, "rgb"), seed=0, **WINDOW)[0, 0]
     if read.clip is None:
         return f"refused: {read.failures[0]}"
     return f"completed: {info.frames} frames{', ' + info.damage if info.damage else ''}"
@@ -64,9 +71,6 @@ def look_at_video(path):
 
 def look_at_image(path):
     """What sampling does with a start image."""
-    from utils.io import read_image
-    from utils.video_utils import resize_and_crop
-
     try:
         image = read_image(path)
         return f"completed: {tuple(resize_and_crop(image, 64).shape)} of {tuple(image.shape)}"
@@ -76,23 +80,18 @@ def look_at_image(path):
 
 def look_at_checkpoint(path):
     """What sampling from it and going on with it come to, in a folder of its own with images and clips beside it."""
-    import sample_video_ddpm
-    import train_video_ddpm
-
     images = [str(path.parent / "image.png")] * 2
     run = path.with_suffix("")
     run.mkdir()
     shutil.copyfile(path, run / "last.pt")
     flags = ["--ckpt", path, "--start_images", *images, "--end_images", *images, "--out_dir", run / "sample"]
     outcomes = []
-    for main, words in (
-        (sample_video_ddpm.main, [*flags, "--steps", "1", "--device", "cpu"]),
-        (train_video_ddpm.main, ["--out_dir", run, "--resume", "--max_steps", "3", "--device", "cpu"]),
-    ):
+    resume = ["--out_dir", run, "--resume", "--max_steps", "3"]
+    for main, words in ((sample_video_ddpm.main, [*flags, "--steps", "1"]), (train_video_ddpm.main, resume)):
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:
-                status = main(list(map(str, words))) or 0
+                status = main([*map(str, words), "--device", "cpu"]) or 0
             except SystemExit as stop:
                 status = stop.code
         lines = said.getvalue().strip().splitlines() or [""]
@@ -112,11 +111,6 @@ def memory(name):
 
 def serve(kind):
     """Look at every file whose path comes in, and answer with the outcome, the seconds and the growth of memory."""
-    import torch
-
-    import sample_video_ddpm  # noqa: F401 - so that no import counts as growth
-    import train_video_ddpm  # noqa: F401
-
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -185,10 +179,7 @@ def broken(outcome, seconds=0, growth=0):
 
 def hostile(folder):
     """Look at every hostile file; returns (name, outcome, seconds, bytes) of each."""
-    import hostile as files
-
-    files.make_videos(folder / "videos")
-    files.make_images(folder / "images")
+    files.make_all(folder)
     found = []
     for kind in ("video", "image"):
         with Looker(kind) as look:
@@ -223,10 +214,8 @@ def splice(data, rng):
 
 
 MUTATIONS = (flip, cut, splice)
-HOSTILE_VALUES = (
-    None, -1, 0, 10**9, 2**31, 2**62, 10**30, 1.5, float("nan"), float("inf"), -1e30, "", "x", "/etc/passwd", [], [1],
-    [10**6] * 3, {}, True, ("a", 1), b"bytes",
-)  # fmt: skip
+HOSTILE_VALUES = [None, -1, 0, 10**9, 2**31, 2**62, 10**30, 1.5, float("nan"), float("inf"), -1e30, "", "x"]
+HOSTILE_VALUES += ["/etc/passwd", b"bytes", [], [1], [10**6] * 3, ("a", 1), {}, True]
 
 
 def rezip(data, rng):
@@ -244,17 +233,12 @@ def rezip(data, rng):
 
 def revalue(data, rng):
     """A checkpoint in which one value, anywhere in it, is another, or gone."""
-    import torch
-
-    state = torch.load(io.BytesIO(data))
-    place = state
+    state = place = torch.load(io.BytesIO(data))
     while True:
-        keys = list(place) if isinstance(place, dict) else range(len(place))
-        key = rng.choice(list(keys))
-        if isinstance(place[key], (dict, list)) and place[key] and rng.random() < 0.9:
-            place = place[key]
-            continue
-        break
+        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        if not (isinstance(place[key], (dict, list)) and place[key] and rng.random() < 0.9):
+            break
+        place = place[key]
     value = rng.choice([*HOSTILE_VALUES, torch.zeros(3), torch.zeros(1).expand(10**6, 10**6), "delete"])
     if isinstance(value, str) and value == "delete":
         del place[key]
@@ -267,41 +251,30 @@ def revalue(data, rng):
 
 def mp4_bases(folder):
     """Whole videos of several kinds to mutate."""
-    import hostile as files
+    kinds = ("b_frames", "another_codec", "fragmented", "two_sizes", "ten_bit")
+    return [written(folder / f"{kind}.mp4", files.GOOD[kind]) for kind in kinds]
 
-    kinds = (files.b_frames, files.another_codec, files.fragmented, files.two_sizes, files.ten_bit)
-    for make in kinds:
-        make(folder / f"{make.__name__}.mp4")
-    return [(folder / f"{make.__name__}.mp4").read_bytes() for make in kinds]
+
+def written(path, write):
+    """The bytes of the file that a function writes."""
+    write(path)
+    return path.read_bytes()
 
 
 def image_bases(folder):
     """Whole images of several formats to mutate."""
-    import hostile as files
-
-    picture, kinds = files.picture(), ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
-    for kind in kinds:
-        picture.save(folder / kind, format=kind)
-    files.turned_by_exif(folder / "turned")
-    files.palette_with_transparency(folder / "palette")
-    return [(folder / name).read_bytes() for name in (*kinds, "turned", "palette")]
+    writers = {kind: files.image(format=kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")}
+    writers |= {name: files.GOOD_IMAGES[name] for name in ("turned_by_exif", "palette_with_transparency")}
+    return [written(folder / name, write) for name, write in writers.items()]
 
 
 def checkpoint_bases(folder):
     """A tiny checkpoint to mutate, with the image and the clips that trying it needs beside it."""
-    import hostile as files
-    from conftest import moving_square
-
-    import train_video_ddpm
-    from utils.io import save_mp4
-
     files.picture().save(folder / "image.png")
-    (folder / "videos").mkdir()
-    for i in range(4):
-        save_mp4(folder / "videos" / f"{i}.mp4", moving_square(i, size=16), fps=10)
+    write_squares(folder / "videos", 4)
     flags = ["--data_root", folder / "videos", "--cache_dir", folder / "cache", "--out_dir", folder / "base"]
     with contextlib.redirect_stdout(io.StringIO()):
-        train_video_ddpm.main([*map(str, flags), *TINY, "--max_steps", "2", "--vis_every", "0"])
+        train_video_ddpm.main([*map(str, flags), *TINY_FLAGS, "--max_steps", "2", "--vis_every", "0"])
     return [(folder / "base" / "last.pt").read_bytes()]
 
 
@@ -335,25 +308,13 @@ def fuzz(kind, count, folder, seed=0):
 # --- training that is killed, stopped, or out of room -----------------------------------------------------------------
 
 
-def make_clips(folder, count=10):
-    """A folder of tiny clips to train on."""
-    from conftest import moving_square
-
-    from utils.io import save_mp4
-
-    folder.mkdir()
-    for i in range(count):
-        save_mp4(folder / f"{i:02d}.mp4", moving_square(i, size=16), fps=10)
-    return folder
-
-
 def start_training(folder, out_dir, *flags):
     """A training process as a user starts it: from the beginning, or on from its own checkpoint."""
     words = ["--out_dir", out_dir]
     if any((out_dir / name).exists() for name in ("last.pt", "prev.pt")):
         words.append("--resume")
     else:
-        words += ["--data_root", folder / "clips", "--cache_dir", folder / "cache", *TINY, "--epochs", "99"]
+        words += ["--data_root", folder / "clips", "--cache_dir", folder / "cache", *TINY_FLAGS, "--epochs", "99"]
         words += ["--vis_every", "0", "--log_every", "1", *flags]
     return start(list(map(str, words)), out_dir.with_suffix(".log"))
 
@@ -404,8 +365,6 @@ class Forked:
 def start(words, log):
     """train_video_ddpm.py with these arguments; what it prints is added to a file."""
     if FORK:
-        import train_video_ddpm
-
         return Forked(lambda: train_video_ddpm.main(words), log)
     command = [sys.executable, "train_video_ddpm.py", *words]
     with log.open("a") as file:
@@ -426,20 +385,16 @@ def wait_for(holds, seconds):
 
 def steps_saved(out_dir):
     """Of the checkpoint that --resume would take, 0 where there is none yet; None if it cannot be read."""
-    from training.state import load_resumable
-
     if not any((out_dir / name).exists() for name in ("last.pt", "prev.pt")):
         return 0
     try:
-        return load_resumable(out_dir)[0]["step"]
+        return load_latest(out_dir)[0]["step"]
     except ValueError:
         return None
 
 
 def same(a, b):
     """Bitwise equality of nested checkpoints."""
-    import torch
-
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -451,24 +406,26 @@ def same(a, b):
 
 def same_end(one, other):
     """Whether two runs ended in the same weights, averages, moments and history, bit for bit."""
-    from utils.checkpoint import load_checkpoint
-
     a, b = (load_checkpoint(folder / "last.pt") for folder in (one, other))
     return all(same(a[key], b[key]) for key in ("step", "model", "ema", "optimizer", "history", "best_val_loss"))
 
 
-def kill(count, folder, seed=0, steps=24):
-    """kill -9 after a random time, again and again, until each run has come to its end; returns the counts."""
-    rng, counts = random.Random(seed), Counter(kills=0, runs=0, lost=0, different=0, failed=0)
-    flags = ["--max_steps", steps, "--save_every", 1, "--num_workers", 0]
-    make_clips(folder / "clips")
+def begin(folder, *flags, **counts):
+    """Clips, the undisturbed run on them, and its seconds; returns these and the counts to be made."""
+    write_squares(folder / "clips")
     clock = time.monotonic()
     assert start_training(folder, folder / "straight", *flags).wait() == 0
-    lifetime = time.monotonic() - clock
+    return time.monotonic() - clock, Counter(counts)
+
+
+def kill(count, folder, seed=0, steps=24):
+    """kill -9 after a random time, again and again, until each run has come to its end; returns the counts."""
+    rng, flags = random.Random(seed), ["--max_steps", steps, "--save_every", 1, "--num_workers", 0]
+    lifetime, counts = begin(folder, *flags, kills=0, runs=0, lost=0, different=0, failed=0)
     while counts["kills"] < count:
-        out_dir, reached = folder / f"run_{counts['runs']}", 0
+        out_dir, reached, status = folder / f"run_{counts['runs']}", 0, None
         out_dir.mkdir()
-        while True:
+        while status is None:
             process = start_training(folder, out_dir, *flags)
             try:
                 status = process.wait(rng.uniform(0, lifetime) if counts["kills"] < count else None)
@@ -480,9 +437,7 @@ def kill(count, folder, seed=0, steps=24):
                 counts["lost"] += saved is None or saved < reached
                 counts["in training"] += bool(saved)
                 reached = saved or 0
-                continue
-            counts["failed"] += status != 0
-            break
+        counts["failed"] += status != 0
         counts["runs"] += 1
         counts["different"] += not same_end(folder / "straight", out_dir)
         counts["left behind"] += len(list(out_dir.glob(".*.tmp")))
@@ -492,10 +447,8 @@ def kill(count, folder, seed=0, steps=24):
 
 def stop(count, folder, seed=0, steps=40, workers=0):
     """SIGTERM at a random step, again and again, until each run has come to its end; returns the counts."""
-    rng, counts = random.Random(seed), Counter(stops=0, runs=0, status_143=0, different=0, failed=0, tracebacks=0)
-    flags = ["--max_steps", steps, "--num_workers", workers]
-    make_clips(folder / "clips")
-    assert start_training(folder, folder / "straight", *flags).wait() == 0
+    rng, flags = random.Random(seed), ["--max_steps", steps, "--num_workers", workers]
+    _, counts = begin(folder, *flags, stops=0, runs=0, status_143=0, different=0, failed=0)
     while counts["stops"] < count:
         out_dir, reached = folder / f"run_{counts['runs']}", 0
         out_dir.mkdir()
@@ -503,15 +456,12 @@ def stop(count, folder, seed=0, steps=40, workers=0):
             process = start_training(folder, out_dir, *flags)
             due = reached + rng.randint(1, 12) if counts["stops"] < count else steps + 1
             wait_for(lambda: process.poll() is not None or steps_written(out_dir) >= due, 300)  # noqa: B023
-            if due <= steps and process.poll() is None:
+            if due <= steps:
                 process.send_signal(signal.SIGTERM)
-            status = process.wait()
-            reached = steps_saved(out_dir)
-            if reached < steps:
-                counts["stops"] += 1
-                counts["status_143"] += status == 128 + signal.SIGTERM
-            else:
-                counts["failed"] += status != 0
+            status, reached = process.wait(), steps_saved(out_dir)
+            counts["stops"] += reached < steps
+            counts["status_143"] += reached < steps and status == 128 + signal.SIGTERM
+            counts["failed"] += reached == steps and status != 0
         counts["runs"] += 1
         counts["different"] += not same_end(folder / "straight", out_dir)
     counts["tracebacks"] = sum("Traceback" in log.read_text() for log in folder.glob("run_*.log"))
@@ -536,9 +486,8 @@ def disk(folder, steps=6):
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         raise OSError("a small disk needs root, for a tmpfs")
     try:
-        make_clips(folder / "clips")
         flags = ["--max_steps", steps, "--save_every", 1, "--num_workers", 0]
-        assert start_training(folder, folder / "straight", *flags).wait() == 0
+        begin(folder, *flags)
         out_dir = room / "run"
         out_dir.mkdir()
         status = start_training(folder, out_dir, *flags).wait()
@@ -564,8 +513,6 @@ class Notes:
 
     def read(self, video, wanted):
         """See FrameSource."""
-        import torch
-
         if video.name in self.broken:
             raise ValueError("broken since it was indexed")
         return torch.tensor([int(video.name[:5]), *wanted])
@@ -576,10 +523,8 @@ def clips(count, folder, seed=0, bad_share=0.05, epochs=2):
 
     Then let as many files again break after they were indexed, and compare with the rule by which they are replaced.
     """
-    from data.kinetics_video_dataset import VideoClipDataset, prepare_videos
-
     rng = random.Random(seed)
-    whole = make_clips(folder / "whole", 20)
+    whole = write_squares(folder / "whole", 20)
     bases = sorted(whole.iterdir())
     bad = set(rng.sample(range(count), round(bad_share * count)))
     for name in ("mixed", "good"):
@@ -597,8 +542,7 @@ def clips(count, folder, seed=0, bad_share=0.05, epochs=2):
     sides = {name: prepare_videos(folder / name, workers=2, **settings) for name in ("mixed", "good")}
     counts = Counter(files=count, bad=len(bad), seconds=round(time.monotonic() - clock))
 
-    window = {"num_frames": 8, "frame_stride": 1, "seed": 42, "random_window": True}
-    train = {name: VideoClipDataset(sides[name][0], Notes(), **window) for name in sides}
+    train = {name: VideoClipDataset(sides[name][0], Notes(), seed=42, **WINDOW) for name in sides}
     keys = [(epoch, i) for epoch in range(epochs) for i in range(len(train["good"]))]
     counts["windows"] = len(keys)
     counts["different"] = abs(len(train["good"]) - len(train["mixed"])) + sum(
@@ -606,7 +550,7 @@ def clips(count, folder, seed=0, bad_share=0.05, epochs=2):
     )
     names = [video.name for video in train["good"].videos]
     broken = set(rng.sample(names, round(bad_share * len(names))))
-    replacing = VideoClipDataset(sides["good"][0], Notes(broken), **window)
+    replacing = VideoClipDataset(sides["good"][0], Notes(broken), seed=42, **WINDOW)
     for epoch, i in keys:
         read = replacing[epoch, i]
         name, start = by_the_rule(42, epoch, i, names, broken, [video.info.frames for video in train["good"].videos])
@@ -631,44 +575,38 @@ def by_the_rule(seed, epoch, i, names, broken, lengths):
 
 def run(what, count, seed, folder):
     """One of the trials of the module's docstring: prints the counts, and returns whether every promise held."""
+    found, wrong = {}, []
     if what == "kill":
-        counts = kill(count or 200, folder, seed)
-        print(dict(counts))
-        return not any(counts[name] for name in ("lost", "different", "failed", "left behind"))
-    if what == "stop":
-        fine = True
+        found["kill"] = counts = kill(count or 200, folder, seed)
+        wrong = [counts[name] for name in ("lost", "different", "failed", "left behind")]
+    elif what == "stop":
         for workers in (0, 2):
             (folder / str(workers)).mkdir()
-            counts = stop(count or 50, folder / str(workers), seed, workers=workers)
-            print(f"{workers} workers:", dict(counts))
-            fine &= counts["stops"] == counts["status_143"]
-            fine &= not any(counts[name] for name in ("different", "failed", "tracebacks"))
-        return fine
-    if what == "hostile":
-        found = hostile(folder)
-        for name, outcome, seconds, growth in found:
-            mark = "BROKEN " if broken(outcome, seconds, growth) else ""
-            print(f"{mark}{name!r}: {outcome} ({seconds:.2f} s, {growth / 1e6:.0f} MB)")
-        print(f"{len(found)} files, at most {max(f[2] for f in found):.2f} s, {max(f[3] for f in found) / 1e6:.0f} MB")
-        return not any(broken(*rest) for _, *rest in found)
-    if what == "clips":
-        counts = clips(count or 10_000, folder, seed)
-        print(dict(counts))
-        return not counts["different"] and not counts["replaced_differently"]
-    if what == "fuzz":
-        fine = True
+            found[f"{workers} workers"] = counts = stop(count or 50, folder / str(workers), seed, workers=workers)
+            wrong += [counts[name] for name in ("different", "failed", "tracebacks")]
+            wrong.append(counts["stops"] - counts["status_143"])
+    elif what == "hostile":
+        looks = hostile(folder)
+        for name, outcome, seconds, growth in looks:
+            found[repr(name)] = f"{outcome} ({seconds:.2f} s, {growth / 1e6:.0f} MB)"
+        wrong = [name for name, *rest in looks if broken(*rest)]
+        found["files"], found["BROKEN"] = len(looks), wrong
+        found["at most"] = f"{max(look[2] for look in looks):.2f} s, {max(look[3] for look in looks) / 1e6:.0f} MB"
+    elif what == "clips":
+        found["clips"] = counts = clips(count or 10_000, folder, seed)
+        wrong = [counts["different"], counts["replaced_differently"]]
+    elif what == "fuzz":
         for kind in FUZZED:
             (folder / kind).mkdir()
-            counts, bad = fuzz(kind, count or 500, folder / kind, seed)
-            print(f"{kind}: {dict(counts.most_common())}")
-            for name, outcome in bad:
-                print(f"    {folder / kind / name}: {outcome}")
-            fine &= not bad
-        return fine
-    found = disk(folder)
+            found[kind], bad = fuzz(kind, count or 500, folder / kind, seed)
+            found |= {str(folder / kind / name): outcome for name, outcome in bad}
+            wrong += bad
+    else:
+        found = disk(folder)
+        wrong = [found["steps_saved"] != 2, found["status_with_room"] != 0, not found["same_end"]]
     for name, value in found.items():
-        print(f"{name}: {value}")
-    return found["steps_saved"] == 2 and found["status_with_room"] == 0 and found["same_end"]
+        print(f"{name}: {dict(value.most_common()) if isinstance(value, Counter) else value}")
+    return not any(wrong)
 
 
 def build_parser():
@@ -677,9 +615,8 @@ def build_parser():
     parser.add_argument("what", choices=("kill", "stop", "hostile", "clips", "fuzz", "disk"))
     parser.add_argument("--count", type=int, help="how many; None = as in the table above")
     parser.add_argument("--seed", type=int, default=0, help="of instants and mutations")
-    parser.add_argument(
-        "--fork", action="store_true", help="start training as forks: faster, and no kill hits an import"
-    )
+    fork = "start training as forks: faster, and no kill hits an import"
+    parser.add_argument("--fork", action="store_true", help=fork)
     return parser
 
 
@@ -687,11 +624,7 @@ def main():
     """Entry point; returns the exit status."""
     global FORK
     args = build_parser().parse_args()
-    if args.fork:
-        import torch
-
-        torch.set_num_threads(1)
-        FORK = True
+    FORK = args.fork
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     clock = time.monotonic()
     fine = run(args.what, args.count, args.seed, folder)

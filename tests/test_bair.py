@@ -1,15 +1,16 @@
 """The BAIR converter on records that the tests write in the published layout, whole and damaged."""
 
 import struct
+import sys
 
 import numpy as np
 import pytest
 import torch
-from data.bair_to_mp4 import bytes_features, crc32c, main, masked_crc32c
 
-from data import bair_to_mp4
-from data.kinetics_video_dataset import prepare_videos
+from data.video_index import prepare_videos
 from data.video_reader import probe_video, read_frames
+from tools import bair_to_mp4
+from tools.bair_to_mp4 import bytes_features, crc32c, main, masked_crc32c
 
 
 def varint(value):
@@ -53,15 +54,20 @@ def write(path, *records):
     return path
 
 
-@pytest.mark.parametrize(
-    ("data", "expected"),  # RFC 3720, appendix B.4, and the check value of the CRC catalogue
-    [
-        (b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43),
-        (bytes(range(32)), 0x46DD794E), (b"", 0), (b"a", 0xC1D04330),
-    ],
-)  # fmt: skip
-def test_the_checksum_is_that_of_the_standard(data, expected):
-    assert crc32c(data) == expected
+def convert(source, *flags, status=0):
+    """Run the converter into the folder mp4 beside `source`; returns its folder of training clips."""
+    out = source.parent / "mp4"
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(main(["--source", str(source), "--out_dir", str(out), *flags]))
+    assert stop.value.code == status
+    return out / "videos_train"
+
+
+def test_the_checksum_is_that_of_the_standard():
+    # RFC 3720, appendix B.4, and the check value of the CRC catalogue
+    checks = {b"123456789": 0xE3069283, bytes(32): 0x8A9136AA, b"\xff" * 32: 0x62A8AB43, b"": 0, b"a": 0xC1D04330}
+    checks[bytes(range(32))] = 0x46DD794E
+    assert {data: crc32c(data) for data in checks} == checks
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 1023, 1024, 1025, 3000])
@@ -78,11 +84,8 @@ def test_the_checksum_of_lanes_is_that_of_one_byte_after_another(size):
 def test_twenty_clips_convert_without_loss_and_are_found_split_and_read(tmp_path):
     write(tmp_path / "bair/train/traj_0_to_15.tfrecords", *map(record, range(16)))
     write(tmp_path / "bair/test/traj_16_to_19.tfrecords", *map(record, range(16, 20)))
-    out = tmp_path / "mp4"
-    assert main(["--source", str(tmp_path / "bair"), "--out_dir", str(out)]) == 0
-    train, val = prepare_videos(
-        out, span=30, val_ratio=0.1, seed=0, cache_dir=tmp_path / "cache", log=lambda line: None
-    )
+    out = convert(tmp_path / "bair").parent
+    train, val = prepare_videos(out, span=30, val_ratio=0.1, seed=0, cache_dir=tmp_path / "cache")
     assert [len(train), len(val)] == [16, 4]
     assert all(video.name.startswith("videos_val/traj_16_to_19_") for video in val)
     for video, seed in ((train[3], 3), (val[0], 16)):
@@ -97,16 +100,13 @@ def test_damaged_records_are_named_and_skipped(tmp_path, capsys):
     missing = record(2, **{"7/image_aux1/encoded": b"short"})
     foreign = framed(b"\xff\xff\xff no protobuf")
     cut = record(5)[:-5000]
-    source = write(tmp_path / "a.tfrecords", record(0), bytes(flipped), missing, foreign, record(4), cut)
-    assert main(["--source", str(source), "--out_dir", str(tmp_path / "mp4")]) == 0
+    folder = convert(write(tmp_path / "a.tfrecords", record(0), bytes(flipped), missing, foreign, record(4), cut))
     out, err = capsys.readouterr()
-    assert sorted(p.name for p in (tmp_path / "mp4/videos_train").iterdir()) == ["a_0000.mp4", "a_0004.mp4"]
+    assert sorted(p.name for p in folder.iterdir()) == ["a_0000.mp4", "a_0004.mp4"]
     assert "2 converted, 0 there before, 4 skipped" in out
-    for number, reason in (
-        (1, "wrong checksum of its data"), (2, "7/image_aux1/encoded must be 12288 bytes"),
-        (3, "not a protobuf message"), (5, "the file is cut within this record"),
-    ):  # fmt: skip
-        assert f"record {number}: {reason}" in err
+    reasons = {1: "wrong checksum of its data", 2: "7/image_aux1/encoded must be 12288 bytes"}
+    reasons |= {3: "not a protobuf message", 5: "the file is cut within this record"}
+    assert [n for n, reason in reasons.items() if f"record {n}: {reason}" not in err] == []
 
 
 def test_a_wrong_length_loses_the_rest_of_the_file_and_no_other(tmp_path, capsys):
@@ -114,14 +114,12 @@ def test_a_wrong_length_loses_the_rest_of_the_file_and_no_other(tmp_path, capsys
     damaged[2] ^= 1  # the length
     write(tmp_path / "train/a.tfrecords", bytes(damaged), record(1))
     write(tmp_path / "train/b.tfrecords", record(2))
-    assert main(["--source", str(tmp_path / "train"), "--out_dir", str(tmp_path / "mp4"), "--workers", "2"]) == 0
-    assert [p.name for p in (tmp_path / "mp4/videos_train").iterdir()] == ["b_0000.mp4"]
+    assert [p.name for p in convert(tmp_path / "train", "--workers", "2").iterdir()] == ["b_0000.mp4"]
     assert "record 0: wrong checksum of its length, so the rest of the file is lost" in capsys.readouterr().err
 
 
 def test_a_stopped_conversion_goes_on_and_rewrites_nothing(tmp_path, monkeypatch, capsys):
     source = write(tmp_path / "a.tfrecords", *map(record, range(3)))
-    arguments = ["--source", str(source), "--out_dir", str(tmp_path / "mp4")]
     whole = bair_to_mp4.save_mp4
 
     def stopped(path, *rest, **more):
@@ -130,26 +128,28 @@ def test_a_stopped_conversion_goes_on_and_rewrites_nothing(tmp_path, monkeypatch
             raise KeyboardInterrupt
 
     monkeypatch.setattr(bair_to_mp4, "save_mp4", stopped)
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 130
-    folder = tmp_path / "mp4/videos_train"
+    folder = convert(source, status=130)
     assert [p.name for p in folder.iterdir()] == ["a_0000.mp4"]
     before = (folder / "a_0000.mp4").stat().st_mtime_ns
     monkeypatch.setattr(bair_to_mp4, "save_mp4", whole)
-    assert main(arguments) == 0
+    convert(source)
     assert "2 converted, 1 there before" in capsys.readouterr().out
     assert (folder / "a_0000.mp4").stat().st_mtime_ns == before and len(list(folder.iterdir())) == 3
 
 
-def test_a_lossy_encoder_is_noticed(tmp_path, monkeypatch, capsys):
-    source = write(tmp_path / "a.tfrecords", record(0))
-    whole = bair_to_mp4.save_mp4
-    monkeypatch.setattr(bair_to_mp4, "save_mp4", lambda path, clip, fps, lossless: whole(path, clip, fps))
-    with pytest.raises(SystemExit) as stop:
-        main(["--source", str(source), "--out_dir", str(tmp_path / "mp4")])
-    assert stop.value.code == 2 and "differs from its source" in capsys.readouterr().err
-    assert not list((tmp_path / "mp4/videos_train").iterdir())
+def test_a_lossy_encoder_is_noticed_and_a_full_disk_ends_the_run(tmp_path, monkeypatch, capsys):
+    source, whole = write(tmp_path / "a.tfrecords", record(0), record(1)), bair_to_mp4.save_mp4
+
+    def lossy(path, clip, fps, lossless):
+        whole(path, clip, fps)
+
+    def full(path, *rest, **more):
+        raise OSError(28, "No space left on device", str(path))
+
+    for writer, message in ((lossy, "differs from its source"), (full, "No space left on device")):
+        monkeypatch.setattr(bair_to_mp4, "save_mp4", writer)
+        assert not list(convert(source, status=2).iterdir())
+        assert message in capsys.readouterr().err
 
 
 def test_folders_anywhere_above_say_the_split_and_links_are_not_followed(tmp_path):
@@ -158,26 +158,12 @@ def test_folders_anywhere_above_say_the_split_and_links_are_not_followed(tmp_pat
         write(tmp_path / "bair" / place, record(0))
     (tmp_path / "bair/test/c.tfrecords").symlink_to(tmp_path / "far/away.tfrecords")
     tasks = bair_to_mp4.find_tasks(tmp_path / "bair", tmp_path, "image_aux1")
-    assert [(task.folder.name, bair_to_mp4.clip_stem(task.source)) for task in tasks] == [
-        ("videos_val", "c"), ("videos_val", "a"), ("videos_train", "b-00000-of-00002"),
-        ("videos_train", "b-00001-of-00002"),
-    ]  # fmt: skip
+    assert [task.folder.name for task in tasks] == ["videos_val"] * 2 + ["videos_train"] * 2
+    assert [bair_to_mp4.clip_stem(task.source) for task in tasks] == ["c", "a", "b-00000-of-00002", "b-00001-of-00002"]
     alone = bair_to_mp4.find_tasks(tmp_path / "bair/test/part1", tmp_path, "image_aux1")
     assert alone[0].folder.name == "videos_train"  # what stands above the folder that is given says nothing
     for given in (tmp_path / "bair/test", tmp_path / "bair/test/c.tfrecords"):
         assert bair_to_mp4.find_tasks(given, tmp_path, "image_aux1")[0].folder.name == "videos_val"
-
-
-def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch, capsys):
-    source = write(tmp_path / "a.tfrecords", record(0), record(1))
-
-    def full(path, *rest, **more):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(bair_to_mp4, "save_mp4", full)
-    with pytest.raises(SystemExit) as stop:
-        main(["--source", str(source), "--out_dir", str(tmp_path / "mp4")])
-    assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
 
 
 def test_every_feature_of_an_example_is_found():
@@ -187,9 +173,7 @@ def test_every_feature_of_an_example_is_found():
 @pytest.mark.parametrize("source", ["missing", "empty"])
 def test_wrong_sources_are_one_line(tmp_path, capsys, source):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        main(["--source", str(tmp_path / source), "--out_dir", str(tmp_path / "mp4")])
-    assert stop.value.code == 2
+    convert(tmp_path / source, status=2)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "--source" in err
 
@@ -197,7 +181,6 @@ def test_wrong_sources_are_one_line(tmp_path, capsys, source):
 def test_the_view_can_be_chosen(tmp_path):
     both = {f"{i}/image_main/encoded": frame.tobytes() for i, frame in enumerate(pictures(5))}
     source = write(tmp_path / "a.tfrecords", record(0, **both))
-    assert main(["--source", str(source), "--out_dir", str(tmp_path / "mp4"), "--view", "image_main"]) == 0
-    path = tmp_path / "mp4/videos_train/a_0000_image_main.mp4"
+    path = convert(source, "--view", "image_main") / "a_0000_image_main.mp4"
     frame = next(read_frames(path, [0], probe_video(path)))
     assert torch.equal(frame, torch.from_numpy(pictures(5)[0]).permute(2, 0, 1))

@@ -1,20 +1,20 @@
 """The benchmarks: their reference variants compute the same things, and their ratios are what they say."""
 
 import copy
-import json
 
 import pytest
 import torch
-from training.optimisation import plan_learning_rate
+from conftest import words
 
 import train_video_ddpm
-from benchmarks import bench_forms, bench_loading, bench_sampling, bench_training
+from benchmarks import bench_loading, bench_sampling, bench_training
 from benchmarks.measure import Timing, compare
-from data.kinetics_video_dataset import DecodedFrames, usable_videos
+from data.kinetics_video_dataset import DecodedFrames
+from data.video_index import usable_videos
+from diffusion.pipeline import MiddleFramePipeline
 from diffusion.sampler import sample_middle
 from diffusion.schedule import DiffusionSchedule
-from models.video_unet3d import build_model
-from utils.checkpoint import load_checkpoint
+from training.state import make_lr_schedule
 from utils.video_utils import to_float
 
 CPU = torch.device("cpu")
@@ -28,43 +28,33 @@ def test_ratios_are_taken_within_each_round():
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.8])
 def test_the_original_way_of_sampling_gives_the_same_frames_with_two_forwards_per_step(ckpt, guidance_scale):
-    checkpoint = load_checkpoint(ckpt)
-    model = build_model(checkpoint["model_config"])
-    model.load_state_dict(checkpoint["ema"])
-    original, counts = bench_sampling.OriginalWay(model.eval(), guided=guidance_scale != 1), []
-    original.model.encode_contexts = lambda *contexts: (
-        counts.append(len(contexts[0])),
-        model.encode_contexts(*contexts),
-    )[1]
+    model, counts = MiddleFramePipeline.from_checkpoint(ckpt, "cpu").model, []
+    original = bench_sampling.OriginalWay(model, guided=guidance_scale != 1)
+
+    def encode(*contexts):
+        counts.append(len(contexts[0]))
+        return model.encode_contexts(*contexts)
+
+    original.model.encode_contexts = encode
     contexts = torch.rand(2, 2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    made = [
-        sample_middle(
-            net, DiffusionSchedule(), *contexts, num_middle=4, steps=3, guidance_scale=guidance_scale,
-            generator=torch.Generator().manual_seed(1),
-        )
-        for net in (model, original)
-    ]  # fmt: skip
+    made = []
+    for net in (model, original):
+        settings = {"steps": 3, "guidance_scale": guidance_scale, "generator": torch.Generator().manual_seed(1)}
+        made.append(sample_middle(net, DiffusionSchedule(), *contexts, num_middle=4, **settings))
     torch.testing.assert_close(*made, rtol=1e-4, atol=1e-4)  # float32 convolutions in another order, three steps
     assert counts == [2] * 6
 
 
 def test_the_original_training_step_leads_to_the_same_weights():
-    flags = ["--base_channels", "12", "--size", "16", "--batch_size", "2", "--ema_update_after_step", "0"]
+    flags = words("--base_channels 12 --size 16 --batch_size 2 --ema_update_after_step 0")
     args = bench_training.training_arguments("demo", *flags)
     step, state = bench_training.our_step(args, CPU)
-    start = copy.deepcopy(state.model)
-    made = []
-    original_state = bench_training.new_state
-
-    def keep(*arguments):
-        made.append(original_state(*arguments))
-        return made[-1]
-
+    start, made, init_state = copy.deepcopy(state.model), [], bench_training.init_state
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_training, "new_state", keep)
+        patch.setattr(bench_training, "init_state", lambda *given: made.append(init_state(*given)) or made[-1])
         original = bench_training.original_step(args, CPU)
-    plan = plan_learning_rate(args, total_steps=10**9, step=0, stored=None)
-    state.plan = plan | {"warmup_steps": 0}  # the rate of the original step does not change
+    # the rate of the original step does not change
+    state.lr_schedule = make_lr_schedule(args.lr, 0, total_steps=10**9, step=0, stored={})
     for _ in range(2):
         step()
         original()
@@ -88,18 +78,6 @@ def test_counted_operations_are_those_of_the_design():
     args = train_video_ddpm.build_parser().defaults()
     # the design counts 239 GFLOP of 3-D convolutions; encoder, FiLM and attention come on top
     assert 239 < bench_training.forward_flops(args) / 1e9 < 1.03 * 239
-
-
-def test_all_forms_of_an_operation_agree_and_are_timed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_forms, "CONVOLUTIONS", ((1, 8, 4, 8), (2, 4, 8, 8)))
-    monkeypatch.setattr(bench_forms, "ATTENTIONS", ((2, 8, 4),))
-    assert bench_forms.main(["--rounds", "1", "--device", "cpu", "--out_dir", str(tmp_path)]) == 0  # it compares them
-    assert capsys.readouterr().out.count("**") == 2 * 2 * 3  # the least of each row, forward and backward
-    found = json.loads((tmp_path / "forms.json").read_text())
-    assert len(found["convolution"]) == 2 and found["machine"]["versions"]["torch"]
-    monkeypatch.setattr(bench_forms, "broadcast", lambda q, k, v: v)
-    with pytest.raises(AssertionError, match="broadcasting differs"):
-        bench_forms.main(["--rounds", "1", "--device", "cpu", "--out_dir", str(tmp_path)])
 
 
 def test_bad_input_of_a_benchmark_is_one_line(tmp_path, capsys):

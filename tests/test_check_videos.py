@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from data.check_videos import main
+
+from tools.check_videos import main
 
 
 def test_every_unusable_file_is_named_with_its_reason_and_none_is_touched(make_mp4, tmp_path, capsys):

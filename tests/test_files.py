@@ -1,5 +1,7 @@
 """Images, videos and checkpoints on disk: exact where they promise it, and never half written."""
 
+import argparse
+import itertools
 import os
 import struct
 import zipfile
@@ -8,9 +10,13 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from conftest import NETWORK, words
+from PIL import Image
 
 from data.video_reader import probe_video, read_frames
 from models.video_unet3d import build_model
+from train_video_ddpm import build_parser
+from training.state import model_config_of
 from utils import io
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.io import contact_sheet, observed_frames, read_image, save_gif, save_json, save_mp4, save_png
@@ -44,25 +50,19 @@ def test_transparency_is_laid_over_white(tmp_path):
 
 
 def test_every_exif_orientation_is_undone(tmp_path):
-    from PIL import Image
-
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :12] = 255  # a bright top left quarter
-    turns = {  # how a camera stores the picture for each orientation tag
-        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-        5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
-        8: lambda a: np.rot90(a, -1),
-    }  # fmt: skip
-    for tag, store in turns.items():
+    # how a camera stores the picture for each orientation tag, from 1
+    stored = [upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1], upright.transpose(1, 0, 2)]
+    stored += [np.rot90(upright, 1), np.rot90(upright, 2).transpose(1, 0, 2), np.rot90(upright, -1)]
+    for tag, pixels in enumerate(stored, 1):
         exif = Image.Exif()
         exif[0x0112] = tag
-        Image.fromarray(np.ascontiguousarray(store(upright))).save(tmp_path / "a.png", exif=exif)
+        Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / "a.png", exif=exif)
         assert np.array_equal(read_image(tmp_path / "a.png").permute(1, 2, 0).numpy(), upright), tag
 
 
 def test_palettes_gray_and_sixteen_bits_become_eight_bit_rgb(tmp_path):
-    from PIL import Image
-
     rgb = Image.fromarray(picture())
     palette = rgb.quantize(8)
     palette.save(tmp_path / "palette.png")
@@ -80,17 +80,11 @@ def test_files_that_are_no_image_are_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("hello")
     iio.imwrite(tmp_path / "whole.png", picture(64, 64))
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
-    for name, message in (
-        ("missing.png", "no such image"),
-        ("text.png", "not a readable"),
-        ("cut.png", "not a readable"),
-    ):
-        with pytest.raises(ValueError, match=f"{name}: {message}"):
-            read_image(tmp_path / name)
+    for name, message in (("missing", "no such image"), ("text", "not a readable"), ("cut", "not a readable")):
+        with pytest.raises(ValueError, match=f"{name}.png: {message}"):
+            read_image(tmp_path / f"{name}.png")
     monkeypatch.setattr(io, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
-    with pytest.raises(
-        ValueError, match="whole.png: not a readable image .an image may have 4095 pixels at most, got 64x"
-    ):
+    with pytest.raises(ValueError, match="whole.png: not a readable image .* 4095 pixels at most, got 64x"):
         read_image(tmp_path / "whole.png")
 
 
@@ -121,11 +115,10 @@ def test_contact_sheet_marks_the_observed_frames():
     sheet = contact_sheet([clip, clip], observed_frames(5, 2))
     side = 3 * 32 + 6  # enlarged to 96 pixels, a border of 3
     assert sheet.shape == (3, 2 * side, 5 * side)
-    for row in range(2):
-        for frame in range(5):
-            corner = tuple(sheet[:, row * side, frame * side].tolist())
-            assert corner == (io.GENERATED_COLOUR if frame == 2 else io.OBSERVED_COLOUR)
-            assert sheet[0, row * side + side // 2, frame * side + side // 2] == 7
+    for row, frame in itertools.product(range(2), range(5)):
+        corner = tuple(sheet[:, row * side, frame * side].tolist())
+        assert corner == (io.GENERATED_COLOUR if frame == 2 else io.OBSERVED_COLOUR)
+        assert sheet[0, row * side + side // 2, frame * side + side // 2] == 7
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
@@ -141,23 +134,31 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 def state(**changes):
-    plan = dict.fromkeys(("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps"), 1)
-    values = {
-        "step": 3, "epoch": 0, "step_in_epoch": 3, "model": {"w": torch.arange(3.0)}, "ema": {},
-        "scaler": {}, "rng": {"torch": torch.get_rng_state()},
-        "optimizer": {"state": {}, "param_groups": []}, "lr_scheduler": plan, "best_val_loss": 0.5,
-        "model_config": {"image_channels": 3, "channel_mults": [1], "endpoint_context": 2},
-        "diffusion_config": {"timesteps": 1000, "schedule": "cosine", "noise_offset": 0.0},
-        "clip_config": {"num_frames": 8, "size": 64, "frame_stride": 1, "color_mode": "rgb"},
-        "args": {"batch_size": 8, "grad_accum": 1, "seed": 42, "val_ratio": 0.01},
-        "history": {"train": [], "epochs": [], "sums": {}},
-    }  # fmt: skip
-    return values | changes
+    """The contents of a checkpoint; a dict among the changes is laid over what is there, unless it is a state dict."""
+    values = {"step": 3, "epoch": 0, "step_in_epoch": 3, "best_val_loss": 0.5, "scaler": {}, "ema": {}}
+    values |= {"model": {"w": torch.arange(3.0)}, "rng": {"torch": torch.get_rng_state()}}
+    values |= {"optimizer": {"state": {}, "param_groups": []}, "history": {"train": [], "epochs": [], "sums": {}}}
+    values["lr_scheduler"] = dict.fromkeys(words("peak_lr start_lr start_step warmup_steps total_steps"), 1)
+    values["model_config"] = {"image_channels": 3, "channel_mults": [1], "endpoint_context": 2}
+    values["diffusion_config"] = {"timesteps": 1000, "schedule": "cosine", "noise_offset": 0.0}
+    values["clip_config"] = {"num_frames": 8, "size": 64, "frame_stride": 1, "color_mode": "rgb"}
+    values["args"] = {"batch_size": 8, "grad_accum": 1, "seed": 42, "val_ratio": 0.01}
+    for name, value in changes.items():
+        laid_over = isinstance(value, dict) and name != "model"
+        values[name] = values[name] | value if laid_over else value
+    return values
+
+
+def refused(folder, expected):
+    """Check that each file NAME.pt is refused in one line that names it and matches."""
+    for name, message in expected.items():
+        with pytest.raises(ValueError, match=f"{name}.pt: .*{message}") as caught:
+            load_checkpoint(folder / f"{name}.pt")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_comes_back_as_it_was_and_holds_only_plain_types(tmp_path):
-    saved = state(step=7)
-    saved["args"] |= {"data_root": None, "lr": 1e-4, "mults": [1, 2]}
+    saved = state(step=7, args={"data_root": None, "lr": 1e-4, "mults": [1, 2]})
     save_checkpoint(tmp_path / "a.pt", saved)
     loaded = load_checkpoint(tmp_path / "a.pt")
     assert loaded["step"] == 7 and loaded["args"] == saved["args"] and set(loaded) == {"format", *saved}
@@ -207,20 +208,14 @@ def test_what_is_no_checkpoint_is_one_clear_error(tmp_path):
     torch.save({"format": 99}, tmp_path / "newer.pt")
     torch.save({"format": 1, "step": 0}, tmp_path / "partial.pt")
     save_checkpoint(tmp_path / "odd.pt", state(model_config=[1, 2]))
-    save_checkpoint(tmp_path / "vast.pt", state(diffusion_config=state()["diffusion_config"] | {"timesteps": 10**12}))
-    save_checkpoint(tmp_path / "untyped.pt", state(clip_config=state()["clip_config"] | {"size": "64"}))
+    save_checkpoint(tmp_path / "vast.pt", state(diffusion_config={"timesteps": 10**12}))
+    save_checkpoint(tmp_path / "untyped.pt", state(clip_config={"size": "64"}))
     (tmp_path / "rotten.pt").write_bytes(whole.replace(torch.arange(3.0).numpy().tobytes(), bytes(12)))
-    expected = {
-        "odd": "model_config must be a dict", "vast": r"diffusion_config\['timesteps'\] is missing or out of range",
-        "untyped": r"clip_config\['size'\] is missing or out of range", "rotten": "wrong checksum of ",
-        "missing": "no such checkpoint", "cut": "not a readable checkpoint", "empty": "not a readable checkpoint",
-        "text": "not a readable checkpoint", "foreign": "has no 'format'", "newer": r"format must be 1 \(got 99\)",
-        "partial": "lacks epoch, ",
-    }  # fmt: skip
-    for name, message in expected.items():
-        with pytest.raises(ValueError, match=f"{name}.pt: .*{message}") as caught:
-            load_checkpoint(tmp_path / f"{name}.pt")
-        assert "\n" not in str(caught.value)
+    expected = dict.fromkeys(("cut", "empty", "text"), "not a readable checkpoint") | {"missing": "no such checkpoint"}
+    expected |= {"rotten": "wrong checksum of ", "foreign": "has no 'format'", "newer": r"format must be 1 \(got 99\)"}
+    keys = {"odd": "model_config", "vast": "diffusion_config.timesteps", "untyped": "clip_config.size"}
+    keys |= {"partial": "epoch"}
+    refused(tmp_path, expected | {name: f"{key} is missing or out of range" for name, key in keys.items()})
 
 
 def test_weights_of_another_network_are_refused():
@@ -241,49 +236,40 @@ def test_a_checkpoint_is_not_believed(tmp_path):
     for _ in range(9):
         laughs = [laughs] * 10
     claims = {
-        "expanded": state(model={"w": torch.zeros(1).expand(10**6, 10**6)}),
-        "shapeless": state(model={"w": torch.zeros(10**6, 10**6, device="meta")}),
-        "sparse": state(model={"w": torch.zeros(1000, 1000).to_sparse()}),
-        "halves": state(model={"w": torch.zeros(3, dtype=torch.float16)}),
-        "laughing": state(history={"train": laughs, "epochs": [], "sums": {}}),
-        "endless": state(step=10**30),
-        "nan": state(best_val_loss=float("nan")),
-        "huge": state(best_val_loss=10**400),
-        "sums": state(history={"train": [], "epochs": [], "sums": {"skipped": float("inf")}}),
-        "listed_format": state(),
-        "two_colours": state(clip_config=state()["clip_config"] | {"color_mode": "gray"}),
+        "expanded": {"model": {"w": torch.zeros(1).expand(10**6, 10**6)}},
+        "shapeless": {"model": {"w": torch.zeros(10**6, 10**6, device="meta")}},
+        "sparse": {"model": {"w": torch.zeros(1000, 1000).to_sparse()}},
+        "doubles": {"model": {"w": torch.zeros(3, dtype=torch.float64)}},
+        "laughing": {"history": {"train": laughs}},
+        "endless": {"step": 10**30},
+        "nan": {"best_val_loss": float("nan")},
+        "huge": {"best_val_loss": 10**400},
+        "sums": {"history": {"sums": {"skipped": float("inf")}}},
+        "two_colours": {"clip_config": {"color_mode": "gray"}},
     }
     for name, claim in claims.items():
-        save_checkpoint(tmp_path / f"{name}.pt", claim)
+        save_checkpoint(tmp_path / f"{name}.pt", state(**claim))
     dag = []
     for _ in range(40):
         dag = [dag, dag]
-    torch.save(claims["listed_format"] | {"format": dag}, tmp_path / "listed_format.pt")
-    write_pickle(
-        tmp_path / "bytearray.pt", b"cbuiltins\nbytearray\n\x8a\x05" + struct.pack("<q", 3 * 10**9)[:5] + b"\x85R"
-    )
+    torch.save(state() | {"format": dag}, tmp_path / "listed_format.pt")
+    length = struct.pack("<q", 3 * 10**9)[:5]
+    write_pickle(tmp_path / "bytearray.pt", b"cbuiltins\nbytearray\n\x8a\x05" + length + b"\x85R")
     tuples = b"K\x01\x85q\x01"  # t = (t, t), forty times, as the key of a dict
     for i in range(2, 42):
         tuples += bytes([ord("h"), i - 1, ord("h"), i - 1, 0x86, ord("q"), i])
     write_pickle(tmp_path / "tuples.pt", b"}(" + tuples + b"K\x01u")
-    with zipfile.ZipFile(tmp_path / "whole.pt") as whole:
-        data = next(whole.read(name) for name in whole.namelist() if name.endswith("/data.pkl"))
     with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "renamed.pt", "w") as renamed:
         for name in whole.namelist():
             renamed.writestr(name.replace("/data/0", "/data/a"), whole.read(name))
-    assert b"X\x01\x00\x00\x000" in data
-    expected = {
-        "squeezed": "it is compressed", "expanded": "claim more than the file holds",
-        "shapeless": "may not contain GLOBAL torch._utils", "sparse": "may not contain GLOBAL torch._utils",
-        "halves": "may not contain GLOBAL torch HalfStorage", "laughing": "10000000 values at most",
-        "huge": "best_val_loss is", "sums": "sums'. is missing or out of range", "listed_format": "format must be 1",
-        "bytearray": "may not contain GLOBAL builtins bytearray", "tuples": "a tuple twice",
-        "renamed": "not a readable checkpoint .UnpicklingError",
-        "endless": "step is missing or out of range", "nan": "best_val_loss is", "two_colours": "color_mode disagree",
-    }  # fmt: skip
-    for name, message in expected.items():
-        with pytest.raises(ValueError, match=f"{name}.pt: .*{message}"):
-            load_checkpoint(tmp_path / f"{name}.pt")
+            assert not name.endswith("/data.pkl") or b"X\x01\x00\x00\x000" in whole.read(name)
+    expected = {"squeezed": "it is compressed", "expanded": "claim more than the file holds", "tuples": "a tuple twice"}
+    expected |= dict.fromkeys(("shapeless", "sparse"), "may not contain GLOBAL torch._utils")
+    expected |= {"doubles": "may not contain GLOBAL torch DoubleStorage", "listed_format": "format must be 1"}
+    expected |= {"bytearray": "may not contain GLOBAL builtins bytearray", "two_colours": "color_mode disagree"}
+    expected |= {"renamed": "not a readable checkpoint .UnpicklingError"}
+    keys = {"laughing": "history", "huge": "best_val_loss", "nan": "best_val_loss", "endless": "step", "sums": "sums"}
+    refused(tmp_path, expected | {name: f"{key} is missing or out of range" for name, key in keys.items()})
 
 
 def write_pickle(path, body):
@@ -294,10 +280,8 @@ def write_pickle(path, body):
 
 
 def test_a_network_is_not_made_before_it_is_found_to_be_that_of_the_weights(tmp_path):
-    config = {
-        "image_channels": 3, "base_channels": 12, "channel_mults": [1, 2], "res_blocks": 1, "temporal_attn_levels": [1],
-        "endpoint_context": 2,
-    }  # fmt: skip
+    given = build_parser().parse_given(words(NETWORK))
+    config = model_config_of(argparse.Namespace(color_mode="rgb", endpoint_context=2, **given))
     weights = build_model(config).state_dict()
     vast = build_model(config | {"base_channels": 4096, "channel_mults": [1, 4096]}, "meta")  # 10^16 weights
     with pytest.raises(ValueError, match="last.pt: the weights do not fit its model_config .size mismatch"):

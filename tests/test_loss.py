@@ -17,73 +17,100 @@ from diffusion.schedule import DiffusionSchedule
 SCHEDULE = DiffusionSchedule()
 
 
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def batch(b=3, m=4):
-    generator = torch.Generator().manual_seed(0)
-    clip = torch.rand(b, 3, m + 4, 8, 8, generator=generator) * 2 - 1
-    return clip[:, :, :2], clip[:, :, 2:-2], clip[:, :, -2:]
+    """Start, middle and end of random clips [B,3,m+4,8,8]."""
+    return (torch.rand(b, 3, m + 4, 8, 8, generator=generator(0)) * 2 - 1).split([2, m, 2], dim=2)
+
+
+def noised(m=4):
+    """The arguments of `diffusion_loss` after the schedule: a batch with its t and eps."""
+    start, middle, end = batch(m=m)
+    t, eps, _ = sample_training_noise(middle, 1000, generator(1))
+    return start, middle, end, t, eps
+
+
+class Recorder(torch.nn.Module):
+    """A fixed function of what each clip gives that remembers what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x_t, t, start, end):
+        self.calls.append((x_t, t, start, end))
+        return 0.3 * x_t + (start[:, :, :1] - 2 * end[:, :, :1]).mean((3, 4), keepdim=True)
+
+
+def test_the_network_is_asked_for_the_noisy_middle_at_its_t_between_its_ends():
+    (start, middle, end, t, eps), model = noised(), Recorder()
+    diffusion_loss(model, SCHEDULE, start, middle, end, t, eps)
+    ((x_t, *given),) = model.calls
+    assert torch.equal(x_t, SCHEDULE.add_noise(middle, eps, t)) and not torch.equal(start, end)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(given, (t, start, end), strict=True))
 
 
 def test_the_true_velocity_has_no_loss():
-    start, middle, end = batch()
-    t, eps, _ = sample_training_noise(middle, 1000, torch.Generator().manual_seed(1))
+    _, middle, _, t, eps = parts = noised()
     truth = lambda x_t, t, start, end: SCHEDULE.v_from(middle, eps, t)  # noqa: E731
-    terms = diffusion_loss(truth, SCHEDULE, start, middle, end, t, eps, temporal_loss_weight=1.0)
+    terms = diffusion_loss(truth, SCHEDULE, *parts, temporal_loss_weight=1.0)
     assert terms.v_mse.eq(0).all()
     # x0 is recovered from v in float32: rounding of a few 1e-7
     assert terms.total.max() < 1e-6
 
 
 def test_the_loss_is_v_mse_plus_the_weighted_temporal_term():
-    start, middle, end = batch()
-    t, eps, _ = sample_training_noise(middle, 1000, torch.Generator().manual_seed(1))
+    _, middle, _, t, eps = parts = noised()
     zero = lambda x_t, t, start, end: torch.zeros_like(x_t)  # noqa: E731
-    terms = diffusion_loss(zero, SCHEDULE, start, middle, end, t, eps, temporal_loss_weight=0.05)
+    terms = diffusion_loss(zero, SCHEDULE, *parts, temporal_loss_weight=0.05)
     v = SCHEDULE.v_from(middle, eps, t)
     x0_hat = SCHEDULE.x0_from_v(SCHEDULE.add_noise(middle, eps, t), torch.zeros_like(v), t)
     for i in range(3):
-        motion = torch.stack(
-            [(x0_hat[i, :, f + 1] - x0_hat[i, :, f] - middle[i, :, f + 1] + middle[i, :, f]).abs() for f in range(3)]
-        ).mean()
+        made, true = x0_hat[i], middle[i]  # [C,M,H,W]
+        motion = (made[:, 1:] - made[:, :-1] - true[:, 1:] + true[:, :-1]).abs().mean()
         torch.testing.assert_close(terms.v_mse[i], v[i].pow(2).mean())
         torch.testing.assert_close(terms.total[i], v[i].pow(2).mean() + 0.05 * motion)
 
 
 def test_a_single_middle_frame_has_no_temporal_term():
-    start, middle, end = batch(m=1)
+    _, middle, *_ = parts = noised(m=1)
     assert temporal_l1(torch.zeros_like(middle), middle).tolist() == [0, 0, 0]
-    t, eps, _ = sample_training_noise(middle, 1000, torch.Generator().manual_seed(1))
-    model = lambda x_t, t, start, end: x_t  # noqa: E731
-    assert diffusion_loss(model, SCHEDULE, start, middle, end, t, eps, 0.05).total.isfinite().all()
+    assert diffusion_loss(Recorder(), SCHEDULE, *parts, 0.05).total.isfinite().all()
 
 
 def test_the_network_may_compute_in_half_precision():
-    start, middle, end = batch()
-    t, eps, _ = sample_training_noise(middle, 1000, torch.Generator().manual_seed(1))
     half = lambda x_t, t, start, end: x_t.bfloat16()  # noqa: E731
-    assert diffusion_loss(half, SCHEDULE, start, middle, end, t, eps, 0.05).total.dtype == torch.float32
+    assert diffusion_loss(half, SCHEDULE, *noised(), 0.05).total.dtype == torch.float32
 
 
-def test_contexts_are_dropped_together_and_at_the_asked_rate():
+def test_clips_drop_their_contexts_at_the_asked_rate():
     middle = torch.zeros(4000, 1, 1, 1, 1)
-    dropped = sample_training_noise(middle, 1000, torch.Generator().manual_seed(0), cfg_drop_prob=0.08).dropped
+    dropped = sample_training_noise(middle, 1000, generator(0), cfg_drop_prob=0.08).dropped
     # binomial: standard deviation sqrt(0.08 * 0.92 / 4000) = 0.0043; three of them
     assert dropped.float().mean().item() == pytest.approx(0.08, abs=0.013)
-    start, end = drop_contexts(torch.ones(2, 3, 2, 4, 4), torch.ones(2, 3, 2, 4, 4), torch.tensor([True, False]))
-    for context in (start, end):
-        assert context[0].eq(0).all() and context[1].eq(1).all()
-    assert not sample_training_noise(middle, 1000, torch.Generator().manual_seed(0)).dropped.any()
+    assert not sample_training_noise(middle, 1000, generator(0)).dropped.any()
+
+
+def test_a_dropped_clip_loses_both_its_ends_and_no_other_clip_any():
+    start, _, end = batch(b=4)
+    dropped = torch.tensor([True, False, False, True])
+    for whole, context in zip((start, end), drop_contexts(start, end, dropped), strict=True):
+        assert context[dropped].eq(0).all() and torch.equal(context[~dropped], whole[~dropped])
 
 
 def test_timesteps_cover_the_schedule_evenly():
-    t = sample_training_noise(torch.zeros(20000, 1, 1, 1, 1), 10, torch.Generator().manual_seed(0)).t
+    t = sample_training_noise(torch.zeros(20000, 1, 1, 1, 1), 10, generator(0)).t
     # 2,000 expected each, standard deviation 42; four of them
     assert (torch.bincount(t, minlength=10) - 2000).abs().max() < 170
 
 
 def test_noise_offset_adds_one_constant_per_clip_and_channel():
     middle = torch.zeros(3000, 2, 2, 4, 4)
-    plain = sample_training_noise(middle, 10, torch.Generator().manual_seed(0)).eps
-    shifted = sample_training_noise(middle, 10, torch.Generator().manual_seed(0), noise_offset=0.5).eps
+    plain = sample_training_noise(middle, 10, generator(0)).eps
+    shifted = sample_training_noise(middle, 10, generator(0), noise_offset=0.5).eps
     offset = shifted - plain
     torch.testing.assert_close(offset, offset[:, :, :1, :1, :1].expand_as(offset), rtol=0, atol=1e-5)
     # 6,000 draws: standard error of the deviation 0.5 / sqrt(12000) = 0.0046
@@ -94,18 +121,6 @@ def test_keyed_generators_repeat_and_differ_by_key():
     draw = lambda *key: torch.randn(4, generator=generator_for(*key)).tolist()  # noqa: E731
     assert draw(42, 1, 7) == draw(42, 1, 7)
     assert len({tuple(draw(*key)) for key in [(42, 1, 7), (42, 7, 1), (421, 7), (42, 17), (43, 1, 7)]}) == 5
-
-
-class Recorder(torch.nn.Module):
-    """A fixed function of its inputs that remembers every t it was asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.t = []
-
-    def forward(self, x_t, t, start, end):
-        self.t += t.tolist()
-        return 0.3 * x_t + start.mean() * 0
 
 
 def validate(clips, batch_size, seed=0, model=None):
@@ -127,24 +142,20 @@ def test_validation_is_a_function_of_the_weights_alone(count):
 def test_validation_spreads_t_evenly_over_the_schedule(count):
     model = Recorder()
     validate(batch(b=count), 7, model=model)
-    pairs = len(model.t)
+    asked = [int(t) for _, batch_t, _, _ in model.calls for t in batch_t]
+    pairs = len(asked)
     assert pairs >= VALIDATION_PAIRS and pairs % count == 0
     expected = (torch.arange(pairs) + 0.5) / pairs * 1000
-    assert sorted(model.t) == expected.int().tolist()
+    assert sorted(asked) == expected.int().tolist()
 
 
 def test_validation_is_the_mean_over_all_clips():
-    clips = batch(b=70)  # one t each
-
-    def one_at_a_time():
-        total = 0.0
-        for i in range(70):
-            t = torch.tensor([int((i + 0.5) / 70 * 1000)])
-            eps = torch.randn(3, 4, 8, 8, generator=generator_for(0, 2, i))[None]
-            total += diffusion_loss(Recorder(), SCHEDULE, *(p[i : i + 1] for p in clips), t, eps, 0.05).total.item()
-        return total / 70
-
-    assert validate(clips, 16) == pytest.approx(one_at_a_time(), rel=1e-5)
+    clips, total = batch(b=70), 0.0  # one t each
+    for i in range(70):
+        t = torch.tensor([int((i + 0.5) / 70 * 1000)])
+        eps = torch.randn(3, 4, 8, 8, generator=generator_for(0, 2, i))[None]
+        total += diffusion_loss(Recorder(), SCHEDULE, *(p[i : i + 1] for p in clips), t, eps, 0.05).total.item()
+    assert validate(clips, 16) == pytest.approx(total / 70, rel=1e-5)
 
 
 def test_the_sums_of_stretches_of_a_split_add_up_to_its_own():
@@ -160,9 +171,7 @@ def test_the_sums_of_stretches_of_a_split_add_up_to_its_own():
 
 def test_several_processes_draw_what_one_would():
     middle = torch.zeros(6, 3, 2, 4, 4)
-    draw = lambda frames, **part: sample_training_noise(  # noqa: E731
-        frames, 1000, torch.Generator().manual_seed(5), 0.5, 0.1, **part
-    )
+    draw = lambda x, **part: sample_training_noise(x, 1000, generator(5), 0.5, 0.1, **part)  # noqa: E731
     parts = [draw(middle[:2], part=(i, 3)) for i in range(3)]
     for whole, *pieces in zip(draw(middle), *parts, strict=True):
         assert torch.equal(whole, torch.cat(pieces))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torchvision import models
 
 from diffusion.noise import generator_for
 from evaluation import metrics
@@ -91,12 +92,6 @@ def test_diversity_is_the_mean_over_pairs():
     assert diversity(samples[:1]) == 0 and diversity(samples[:1].expand(4, -1, -1, -1, -1)) == 0
 
 
-def gaussians(dimensions, seed):
-    rng = np.random.default_rng(seed)
-    roots = [rng.normal(size=(dimensions, dimensions)) for _ in range(2)]
-    return rng.normal(size=dimensions), roots[0] @ roots[0].T, rng.normal(size=dimensions), roots[1] @ roots[1].T
-
-
 def test_frechet_distance_of_known_gaussians():
     eye = np.eye(4)
     zero, ones = np.zeros(4), np.ones(4)
@@ -109,7 +104,9 @@ def test_frechet_distance_of_known_gaussians():
 @pytest.mark.parametrize("dimensions", [1, 3, 40])
 def test_frechet_distance_agrees_with_scipy(dimensions):
     linalg = pytest.importorskip("scipy.linalg", reason="the oracle: pip install -r requirements-dev.txt")
-    mean_1, cov_1, mean_2, cov_2 = gaussians(dimensions, seed=dimensions)
+    rng = np.random.default_rng(dimensions)
+    cov_1, cov_2 = (root @ root.T for root in rng.normal(size=(2, dimensions, dimensions)))
+    mean_1, mean_2 = rng.normal(size=(2, dimensions))
     root = linalg.sqrtm(cov_1 @ cov_2).real
     expected = np.square(mean_1 - mean_2).sum() + np.trace(cov_1 + cov_2 - 2 * root)
     assert frechet_distance(mean_1, cov_1, mean_2, cov_2) == pytest.approx(expected, rel=1e-6)
@@ -127,22 +124,20 @@ class SmallVideoNetwork(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False):
         assert not rescale and not resize and return_features
-        shape = torch.tensor([float(x.shape[1]), float(x.shape[2]), float(x.shape[3]), float(x.shape[4])])
+        shape = torch.tensor(x.shape[1:]).float()
         mean = 100 * x.mean(dim=[1, 2, 3, 4])
         return torch.cat([mean[:, None], shape.expand(x.shape[0], 4)], dim=1)
 
 
-@pytest.fixture(scope="module")
-def small_i3d(tmp_path_factory):
-    path = tmp_path_factory.mktemp("i3d") / "small.pt"
+def save_small_network(path):
     torch.jit.script(SmallVideoNetwork()).save(str(path))
     return path
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_i3d_sees_whole_rgb_clips_of_224_pixels_in_their_range(small_i3d, channels):
+def test_i3d_sees_whole_rgb_clips_of_224_pixels_in_their_range(tmp_path, channels):
     clips = torch.stack([torch.full((channels, 9, 16, 16), value) for value in (-1.0, 0.25)])
-    features = I3D(small_i3d, CPU)(clips)
+    features = I3D(save_small_network(tmp_path / "small.pt"), CPU)(clips)
     np.testing.assert_allclose(features, [[-100, 3, 9, 224, 224], [25, 3, 9, 224, 224]], rtol=1e-5)
 
 
@@ -151,18 +146,6 @@ def test_wrong_i3d_files_are_named(tmp_path):
     for name, reason in (("missing.pt", "no such file"), ("text.pt", "not a TorchScript network")):
         with pytest.raises(ValueError, match=f"--fvd_weights .*{name}: {reason}"):
             I3D(tmp_path / name, CPU)
-
-
-@pytest.fixture
-def random_alexnet(tmp_path, monkeypatch):
-    """A backbone of the right shapes where torchvision looks for the pretrained one."""
-    torchvision = pytest.importorskip("torchvision")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = metrics.alexnet_path()
-    path.parent.mkdir(parents=True)
-    torch.manual_seed(0)
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), path)
-    return path
 
 
 def test_lpips_is_left_out_without_its_weights_and_never_random(tmp_path, monkeypatch):
@@ -174,9 +157,14 @@ def test_lpips_is_left_out_without_its_weights_and_never_random(tmp_path, monkey
     assert "damaged" in missing_for("lpips", 64)
 
 
-def test_lpips_agrees_with_the_original_implementation(random_alexnet, monkeypatch):
+def test_lpips_agrees_with_the_original_implementation(tmp_path, monkeypatch):
     lpips = pytest.importorskip("lpips", reason="the oracle: pip install -r requirements-dev.txt")
-    monkeypatch.setattr(metrics, "ALEXNET_SHA256", file_sha256(random_alexnet)[:8])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    backbone = metrics.alexnet_path()  # where torchvision looks for the pretrained one: here a random one
+    backbone.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(models.alexnet(weights=None).state_dict(), backbone)
+    monkeypatch.setattr(metrics, "ALEXNET_SHA256", file_sha256(backbone)[:8])
     assert missing_for("lpips", 64) is None
     generated, truth = pair(size=128)
     ours = Scorer(["lpips"], False, CPU)(generated, truth, truth, truth)
@@ -188,23 +176,6 @@ def test_lpips_agrees_with_the_original_implementation(random_alexnet, monkeypat
         assert ours[i]["lpips"] == pytest.approx(expected, rel=1e-4)
     small, truth = pair(channels=1, size=16)  # resized and repeated
     assert 0 < Scorer(["lpips"], False, CPU)(small, truth, truth, truth)[0]["lpips"] < 10
-
-
-def test_small_frames_have_no_ssim():
-    assert "frames of 11 pixels" in missing_for("ssim", 8)
-
-
-# --- baselines --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def moving():
-    """Contexts and middle of a soft blob that moves 1.5 pixels a frame: [1,3,8,32,32] split with K = 2."""
-    grid = torch.arange(32.0)
-    shift = 1.5 * torch.arange(8.0)[:, None, None]
-    blob = torch.exp(-((grid[None, None, :] - 8 - shift) ** 2 + (grid[None, :, None] - 16) ** 2) / 18)
-    clip = (2 * blob - 1)[None, None].expand(1, 3, -1, -1, -1)
-    return split_clip(clip, 2)
 
 
 def test_the_nearest_frame_is_repeated_and_a_tie_goes_to_the_start():
@@ -224,10 +195,12 @@ def test_warping_moves_pixels_by_the_displacement():
 
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_baselines_keep_shape_and_range_and_motion_ones_beat_the_fade(name, channels, moving):
+def test_baselines_keep_shape_and_range_and_motion_ones_beat_the_fade(name, channels):
     if missing_package(name):
         pytest.skip(missing_package(name))
-    start, middle, end = (part[:, :channels] for part in moving)
+    grid, shift = torch.arange(32.0), 1.5 * torch.arange(8.0)[:, None, None]  # a soft blob moves 1.5 pixels a frame
+    blob = torch.exp(-((grid[None, None, :] - 8 - shift) ** 2 + (grid[None, :, None] - 16) ** 2) / 18)
+    start, middle, end = split_clip((2 * blob - 1)[None, None].expand(1, channels, -1, -1, -1), 2)
     made = load_baseline(name, CPU)(start, end, 4)
     assert made.shape == middle.shape and made.abs().max() <= 1
     faded = frame_psnr(cross_fade(start, end, 4), middle).mean()
@@ -235,7 +208,8 @@ def test_baselines_keep_shape_and_range_and_motion_ones_beat_the_fade(name, chan
         assert frame_psnr(made, middle).mean() > faded + 3
 
 
-def test_missing_packages_are_named(monkeypatch):
+def test_what_is_missing_is_named(monkeypatch):
+    assert "frames of 11 pixels" in missing_for("ssim", 8)
     monkeypatch.setattr("evaluation.baselines.find_spec", lambda name: None)
     assert missing_package("nearest") is None and missing_package("cross_fade") is None
     assert "pip install opencv-python-headless" in missing_package("flow")

@@ -14,14 +14,8 @@ from models.modules.frame_conv import FrameConv3d
 from models.modules.temporal_attention import TemporalAttention, sinusoidal_embedding
 from models.video_unet3d import VideoUNet3D, build_model
 
-TINY = {
-    "image_channels": 3,
-    "base_channels": 12,  # 3 channels per norm group, as in the default network
-    "channel_mults": [1, 2],
-    "res_blocks": 1,
-    "temporal_attn_levels": [1],
-    "endpoint_context": 2,
-}
+TINY = {"image_channels": 3, "channel_mults": [1, 2], "res_blocks": 1, "temporal_attn_levels": [1]}
+TINY |= {"endpoint_context": 2, "base_channels": 12}  # 3 channels per norm group, as in the default network
 
 
 def tiny(seed=0, **changes):
@@ -52,18 +46,18 @@ def test_an_untrained_network_predicts_zero_velocity():
     assert model(*inputs()).eq(0).all()
 
 
-@pytest.mark.parametrize(
-    ("changes", "shape"),
-    [
-        ({}, {"m": 1}),
-        ({}, {"b": 3, "m": 7}),
-        ({"image_channels": 1}, {"c": 1}),
-        ({"endpoint_context": 3}, {"k": 3}),
-        ({"endpoint_context": 1, "temporal_attn_levels": []}, {"k": 1}),
-        ({"channel_mults": [1], "temporal_attn_levels": [0]}, {"size": 6}),
-        ({"base_channels": 20, "res_blocks": 2, "channel_mults": [1, 1, 3]}, {"size": 24}),
-    ],
-)
+SHAPES = [
+    ({}, {"m": 1}),
+    ({}, {"b": 3, "m": 7}),
+    ({"image_channels": 1}, {"c": 1}),
+    ({"endpoint_context": 3}, {"k": 3}),
+    ({"endpoint_context": 1, "temporal_attn_levels": []}, {"k": 1}),
+    ({"channel_mults": [1], "temporal_attn_levels": [0]}, {"size": 6}),
+    ({"base_channels": 20, "res_blocks": 2, "channel_mults": [1, 1, 3]}, {"size": 24}),
+]
+
+
+@pytest.mark.parametrize(("changes", "shape"), SHAPES)
 def test_velocity_has_the_shape_of_x_t_and_every_parameter_learns(changes, shape):
     model, (x_t, t, start, end) = tiny(**changes), inputs(**shape)
     v = model(x_t, t, start, end)
@@ -90,9 +84,10 @@ def test_clips_of_a_batch_do_not_see_each_other():
         torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
 
 
-def test_every_observed_frame_and_the_order_of_the_ends_matter():
+def test_every_observed_frame_the_order_of_the_ends_and_the_timestep_matter():
     model, (x_t, t, start, end) = tiny(), inputs(k=2)
     base = model(x_t, t, start, end)
+    assert (model(x_t, t + 100, start, end) - base).abs().max() > 1e-3
     for context in (start, end):
         for frame in range(2):
             context[:, :, frame] += 1
@@ -101,9 +96,19 @@ def test_every_observed_frame_and_the_order_of_the_ends_matter():
     assert (model(x_t, t, end, start) - base).abs().max() > 1e-3
 
 
-def test_the_timestep_matters():
-    model, (x_t, t, start, end) = tiny(), inputs()
-    assert (model(x_t, t, start, end) - model(x_t, t + 100, start, end)).abs().max() > 1e-3
+def test_context_features_mix_start_then_end_and_keep_the_frames_next_to_the_middle():
+    model, (x_t, t, start, end) = tiny(), inputs(k=2)
+    features, encoder, stem_inputs = model.encode_contexts(start, end), model.endpoint_encoder, []
+    nearest = torch.cat([start[:, :, 1], end[:, :, 0]], dim=1)  # the last start frame, then the first end frame
+    assert torch.equal(features.nearest, nearest)
+    start_maps, end_maps = (encoder.encoder(context.reshape(2, 6, 16, 16)) for context in (start, end))
+    fused = [features.stem, *features.levels, features.bottleneck]
+    for feature, fuse, *pair in zip(fused, encoder.fuse, start_maps, end_maps, strict=True):
+        torch.testing.assert_close(feature, fuse(torch.cat(pair, dim=1)))
+        assert (feature - fuse(torch.cat(pair[::-1], dim=1))).abs().max() > 1e-2
+    model.stem.register_forward_pre_hook(lambda stem, given: stem_inputs.append(given[0]))
+    model.denoise(x_t, t, features)
+    assert torch.equal(stem_inputs[0], torch.cat([x_t, nearest[:, :, None].expand(-1, -1, 4, -1, -1)], dim=1))
 
 
 def test_frame_order_matters_to_attention_and_positions_are_what_tells_it():
@@ -175,51 +180,40 @@ def test_sinusoids_hold_sine_and_cosine_from_unit_to_longest_period():
     assert sinusoidal_embedding(torch.tensor([1]), 7).shape == (1, 7)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"base_channels": 10}, r"--base_channels must be a positive multiple of 4 \(got 10\)"),
-        ({"channel_mults": []}, "--channel_mults"),
-        ({"res_blocks": 0}, "--res_blocks must be at least 1"),
-        ({"endpoint_context": 0}, "--endpoint_context must be at least 1"),
-        ({"temporal_attn_levels": [2]}, r"--temporal_attn_levels must lie in \[0, 1\].*got 2"),
-        ({"base_channels": 10**9}, "integers of at most 4096"),
-        ({"res_blocks": "two"}, "integers of at most 4096"),
-        ({"channel_mults": 3}, "must be lists of integers"),
-        ({"depth": 3}, "model_config must have the keys .*depth"),
-    ],
-)
+UNBUILDABLE = [
+    ({"base_channels": 10}, r"^base_channels must be a positive multiple of 4 \(got 10\)"),
+    ({"channel_mults": []}, "^channel_mults must be one or more positive integers"),
+    ({"res_blocks": 0}, "^res_blocks must be at least 1"),
+    ({"endpoint_context": 0}, "^endpoint_context must be at least 1"),
+    ({"temporal_attn_levels": [2]}, r"^temporal_attn_levels must lie in \[0, 1\].*got 2"),
+    ({"base_channels": 10**9}, "integers of at most 4096"),
+    ({"res_blocks": "two"}, "integers of at most 4096"),
+    ({"channel_mults": 3}, "must be lists of integers"),
+    ({"depth": 3}, "model_config must have the keys .*depth"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), UNBUILDABLE)
 def test_a_network_that_cannot_be_built_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         build_model(TINY | change)
-
-
-def test_a_missing_key_is_refused():
     with pytest.raises(ValueError, match="differs in .*res_blocks"):
         build_model({key: value for key, value in TINY.items() if key != "res_blocks"})
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ({"k": 3}, r"start_context must be \[B,3,2,H,W\].*got \(2, 3, 3, 16, 16\)"),
-        ({"c": 1}, r"start_context must be \[B,3,2,H,W\]"),
-        ({"size": 18}, "divisible by 4, as 2 levels halve them .got 18x18"),
-    ],
-)
-def test_contexts_that_do_not_fit_are_refused(shape, message):
-    with pytest.raises(ValueError, match=message):
-        tiny()(*inputs(**shape))
-
-
-def test_x_t_that_does_not_fit_its_contexts_is_refused():
+def test_inputs_that_do_not_fit_are_refused():
     model, (x_t, t, start, end) = tiny(), inputs()
-    with pytest.raises(ValueError, match="batch, height and width of its contexts"):
-        model(x_t[:, :, :, :8, :8], t, start, end)
-    with pytest.raises(ValueError, match="must have one shape"):
-        model(x_t, t, start, end[:1])
-    with pytest.raises(ValueError, match=r"x_t must be \[B,3,M,H,W\]"):
-        model(x_t[:, :1], t, start, end)
+    for wrong, message in (
+        (inputs(k=3), r"start_context must be \[B,3,2,H,W\].*got \(2, 3, 3, 16, 16\)"),
+        (inputs(c=1), r"start_context must be \[B,3,2,H,W\]"),
+        (inputs(size=18), r"size must be divisible by 4, as each level of the network halves it \(got 18\)"),
+        ((x_t, t, start, end[:, :, :1]), r"end_context must be \[B,3,2,H,W\]"),
+        ((x_t, t, start, end[:1]), "must have one shape"),
+        ((x_t[:, :, :, :8, :8], t, start, end), "batch, height and width of its contexts"),
+        ((x_t[:, :1], t, start, end), r"x_t must be \[B,3,M,H,W\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*wrong)
 
 
 # --- forms of the same function ---------------------------------------------------------------------------------------
@@ -241,9 +235,7 @@ def test_a_single_small_clip_is_convolved_to_the_same_frames_and_gradients(frame
 
 
 def gradients_of(model):
-    start, end = torch.randn(2, 2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(1))
-    x_t = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-    v = model(x_t, torch.tensor([10, 900]), start, end)
+    v = model(*inputs(seed=1))
     v.square().mean().backward()
     return v.detach(), [parameter.grad for parameter in model.parameters()]
 

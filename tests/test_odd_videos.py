@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import moving_square
 
-from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset, prepare_videos
+from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset
+from data.video_index import prepare_videos
 from utils.io import save_mp4
 
 ODD = Path(__file__).parents[2] / "shared/data/odd_videos"
-pytestmark = pytest.mark.skipif(
-    not ODD.is_dir(), reason="needs the collection of odd videos, which does not travel with the code"
-)
+pytestmark = pytest.mark.skipif(not ODD.is_dir(), reason="needs the odd videos, which do not travel with the code")
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +23,8 @@ def indexed(tmp_path_factory):
     for i in range(6):
         save_mp4(root / "videos" / f"good{i}.mp4", moving_square(i, frames=30), fps=10)
     lines = []
-    train, val = prepare_videos(
-        root / "videos", span=8, val_ratio=0.1, seed=0, cache_dir=root / "cache", workers=2, log=lines.append
-    )
+    split = {"span": 8, "val_ratio": 0.1, "seed": 0}
+    train, val = prepare_videos(root / "videos", **split, cache_dir=root / "cache", workers=2, log=lines.append)
     return {video.name: video for video in train + val}, "\n".join(lines)
 
 
@@ -43,11 +41,9 @@ def test_frame_counts_sizes_and_rotations_match_a_full_decode(indexed):
         assert (row["file"] in videos) == (expected >= 8), row["file"]
         if expected >= 8:
             info = videos[row["file"]].info
-            assert info.frames == expected
-            assert (info.width, info.height, info.rotation) == (
-                int(row["width"]), int(row["height"]), int(row["rotation"] or 0),
-            )  # fmt: skip
-            assert info.damage == row["error"]
+            found = (info.frames, info.width, info.height, info.rotation, info.damage)
+            shape = (int(row[name] or 0) for name in ("width", "height", "rotation"))
+            assert found == (expected, *shape, row["error"])
 
 
 def test_each_bad_file_has_its_reason_and_each_good_one_is_used(indexed):
@@ -62,10 +58,8 @@ def test_each_bad_file_has_its_reason_and_each_good_one_is_used(indexed):
 
 
 def test_clips_can_be_cut_from_every_usable_one(indexed):
-    videos, _ = indexed
-    clips = VideoClipDataset(
-        list(videos.values()), DecodedFrames(16, "rgb"), num_frames=8, frame_stride=1, seed=0, random_window=True
-    )
+    window = {"num_frames": 8, "frame_stride": 1, "seed": 0, "random_window": True}
+    clips = VideoClipDataset(list(indexed[0].values()), DecodedFrames(16, "rgb"), **window)
     for i in range(len(clips)):
         read = clips[0, i]
         assert read.failures == [] and read.clip.shape == (3, 8, 16, 16)

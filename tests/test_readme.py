@@ -187,3 +187,4 @@ def test_help_is_complete():
         assert page.startswith(Path(script).name)
         for action in parser._actions:
             assert all(option in page for option in action.option_strings), (script, action.option_strings)
+            assert len(action.help) > 5, (script, action.option_strings)

@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from data.robot_pushing import COLUMNS, check_setup, main
 
-from data import robot_pushing
-from data.kinetics_video_dataset import prepare_videos
+from data.video_index import prepare_videos
+from tools import robot_pushing
+from tools.robot_pushing import COLUMNS, check_setup, main
 
 
 def can_render():
@@ -43,10 +42,8 @@ def test_a_stopped_rendering_goes_on_and_train_and_test_are_splits(tmp_path, cap
     before = first.stat().st_mtime_ns
     assert main([*arguments, "2"]) == 0
     assert first.stat().st_mtime_ns == before
-    lines = (tmp_path / "out/train/index.tsv").read_text().splitlines()
-    assert lines[0].split("\t") == list(COLUMNS) and [line.split("\t")[:2] for line in lines[1:]] == [
-        ["00000.mp4", "0"], ["00001.mp4", "1"],
-    ]  # fmt: skip
+    head, *lines = [line.split("\t") for line in (tmp_path / "out/train/index.tsv").read_text().splitlines()]
+    assert head == list(COLUMNS) and [line[:2] for line in lines] == [["00000.mp4", "0"], ["00001.mp4", "1"]]
     assert (tmp_path / "out/test/index.tsv").read_text().splitlines()[1].startswith("00000.mp4\t1000000\t")
     train, test = prepare_videos(tmp_path / "out", span=30, val_ratio=0.5, seed=0, cache_dir=tmp_path / "cache")
     assert [video.name for video in train] == ["train/00000.mp4", "train/00001.mp4"]
@@ -65,9 +62,6 @@ def test_without_a_simulator_one_line_says_what_to_install(tmp_path, monkeypatch
 def test_without_opengl_one_line_says_what_to_install(tmp_path):
     if robot_pushing.find_spec("mujoco") is None:
         pytest.skip("MuJoCo is not installed: pip install metaworld==3.1.1")
-    script = Path(robot_pushing.__file__)
-    done = subprocess.run(
-        [sys.executable, script, "--out_dir", tmp_path / "out"], capture_output=True, text=True,
-        env=os.environ | {"MUJOCO_GL": "bogus"},
-    )  # fmt: skip
+    words, environment = [sys.executable, robot_pushing.__file__], os.environ | {"MUJOCO_GL": "bogus"}
+    done = subprocess.run([*words, "--out_dir", tmp_path / "out"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "libegl1" in done.stderr

@@ -41,17 +41,13 @@ def test_linear_table_is_the_product_of_evenly_spaced_betas():
     assert DiffusionSchedule(1000, "linear").alpha_bar[-1].item() == pytest.approx(product, rel=1e-9)
 
 
-def test_v_x0_and_eps_invert_add_noise(schedule):
+def test_v_x0_and_eps_invert_add_noise_x0_where_sigma_is_not_tiny(schedule):
     x0, eps = clips()
     t = torch.tensor([0, 1, 400, 998, 999])
     x_t, v = schedule.add_noise(x0, eps, t), schedule.v_from(x0, eps, t)
     # alpha^2 + sigma^2 = 1 up to float32 rounding of values of a few units: 1e-6 relative
     torch.testing.assert_close(schedule.x0_from_v(x_t, v, t), x0, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(schedule.eps_from_v(x_t, v, t), eps, rtol=1e-5, atol=2e-6)
-
-
-def test_eps_from_x0_agrees_with_eps_from_v_where_sigma_is_not_tiny(schedule):
-    x0, eps = clips()
     t = torch.tensor([200, 400, 600, 800, 999])
     x_t = schedule.add_noise(x0, eps, t)
     # the division by sigma_t amplifies float32 rounding by 1 / sigma_t, at most 10 here

@@ -2,6 +2,7 @@
 
 import os
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -105,37 +106,22 @@ def test_gray_files_decode_to_three_equal_channels(tmp_path):
     assert torch.equal(to_gray(frame), frame[:1])
 
 
-def bad_files(tmp_path, make_mp4):
-    whole = make_mp4("whole.mp4", count=30).read_bytes()
-    files = {
-        "empty.mp4": b"",
-        "text.mp4": b"not a video\n" * 50,
-        "cut.mp4": whole[: len(whole) // 3],  # the index stands at the end
-        "picture.mp4": b"\x89PNG\r\n\x1a\n" + bytes(200),
-        "playlist.mp4": b"ffconcat version 1.0\nfile whole.mp4\n",
-    }
-    for name, content in files.items():
-        path = tmp_path / "videos" / name
-        path.write_bytes(content)
-        yield path
-    folder = tmp_path / "videos" / "folder.mp4"
-    folder.mkdir()
-    yield folder
-    fifo = tmp_path / "videos" / "pipe.mp4"
-    os.mkfifo(fifo)
-    yield fifo
-    yield tmp_path / "videos" / "missing.mp4"
-
-
 def test_everything_that_is_no_video_is_refused_at_once(tmp_path, make_mp4):
-    for path in bad_files(tmp_path, make_mp4):
+    whole = make_mp4("whole.mp4", count=30).read_bytes()
+    contents = [b"", b"not a video\n" * 50, whole[: len(whole) // 3]]  # the last: its index stands at the end
+    contents += [b"\x89PNG\r\n\x1a\n" + bytes(200), b"ffconcat version 1.0\nfile whole.mp4\n"]
+    *files, folder, pipe, missing = paths = [tmp_path / "videos" / f"{i}.mp4" for i in range(8)]
+    for path, content in zip(files, contents, strict=True):
+        path.write_bytes(content)
+    folder.mkdir()
+    os.mkfifo(pipe)
+    assert not missing.exists()
+    for path in paths:
         with pytest.raises(DECODE_ERRORS):
             probe_video(path)
 
 
 def test_sound_without_pictures_is_refused(tmp_path):
-    import av
-
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=8000)

@@ -1,8 +1,6 @@
 """Clip arithmetic against closed forms."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +25,8 @@ def test_splitting_and_joining_lose_nothing(t, k):
 
 
 def test_a_clip_without_a_middle_is_refused():
-    with pytest.raises(ValueError, match=r"exceed 2 \* 2 observed frames .*got 4"):
+    rule = r"^num_frames must exceed 2 \* endpoint_context .*\(got num_frames 4, endpoint_context 2\)"
+    with pytest.raises(ValueError, match=rule):
         split_clip(torch.zeros(1, 3, 4, 8, 8), 2)
 
 
@@ -84,20 +83,3 @@ def test_gray_is_bt601_luma_and_leaves_gray_pictures_alone():
     assert (to_gray(frames)[:, 0].double() - (0.299 * r + 0.587 * g + 0.114 * b)).abs().max() <= 0.505
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
     assert torch.equal(to_gray(levels.expand(3, -1, -1)), levels)
-
-
-BASELINES = Path(__file__).parents[2] / "shared/data/sim_push/baselines.json"
-
-
-@pytest.mark.skipif(not BASELINES.is_file(), reason="needs the robot-pushing clips, which do not travel with the code")
-def test_cross_fade_scores_what_an_independent_program_measured_on_robot_clips():
-    from data.video_reader import probe_video, read_frames
-
-    scores = []
-    for path in sorted((BASELINES.parent / "train").glob("*.mp4"))[:64]:
-        frames = torch.stack(list(read_frames(path, range(8, 16), probe_video(path))), dim=1)
-        start, middle, end = split_clip(to_float(frames)[None], 2)
-        scores.append(psnr(cross_fade(start, end, 4), middle).item())
-    expected = json.loads(BASELINES.read_text())["crossfade"]["psnr_frame_mean"]
-    # the other program rounds halves to even and we round after a float lerp: 1e-3 dB
-    assert sum(scores) / 64 == pytest.approx(expected, abs=1e-3)

@@ -10,21 +10,10 @@ import torch
 from conftest import number_of
 from torch.utils.data import DataLoader
 
+from data import kinetics_video_dataset, video_index
 from data.frame_cache import CachedFrames
-from data.kinetics_video_dataset import (
-    ClipBatches,
-    DecodedFrames,
-    ReadFailures,
-    VideoClipDataset,
-    VideoIndex,
-    collate,
-    find_videos,
-    position,
-    prepare_videos,
-    report,
-    share_limit,
-    steps_per_epoch,
-)
+from data.kinetics_video_dataset import DecodedFrames, ReadFailures, ResumableBatchSampler, VideoClipDataset, collate
+from data.video_index import VideoIndex, find_videos, prepare_videos, share_limit, split_key
 
 
 @pytest.fixture
@@ -43,6 +32,14 @@ def names(videos):
     return [video.name for video in videos]
 
 
+def make_copies(make_mp4, count, name="{:02d}.mp4", frames=12):
+    """Files of that name, numbered, and all alike; returns their folder."""
+    source = make_mp4(name.format(0), frames)
+    for i in range(1, count):
+        shutil.copy(source, source.parent / name.format(i).split("/")[-1])
+    return source.parent
+
+
 # --- find -------------------------------------------------------------------------------------------------------------
 
 
@@ -56,11 +53,8 @@ def test_every_mp4_is_found_once_through_links_and_loops(tmp_path):
     (root / "again.mp4").symlink_to(root / "b.mp4")  # the same file twice
     found = [path.relative_to(root).as_posix() for path in find_videos(root)]
     assert found == ["b.mp4", "deep/er/A.MP4", "link/far.Mp4"]  # a link does not rename what it points to
-
-
-def test_a_root_that_is_no_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--data_root must be a folder"):
-        find_videos(tmp_path / "nowhere")
+        find_videos(root / "b.mp4")
 
 
 # --- split ------------------------------------------------------------------------------------------------------------
@@ -68,8 +62,7 @@ def test_a_root_that_is_no_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("folders", [("videos_train", "videos_val"), ("train", "val")])
 def test_folders_that_say_so_are_the_splits(make_mp4, prepare, folders):
-    for i in range(3):
-        make_mp4(f"{folders[0]}/{i}.mp4")
+    make_copies(make_mp4, 3, folders[0] + "/{}.mp4")
     make_mp4(f"{folders[1]}/sub/9.mp4")
     make_mp4("stray.mp4")
     train, val = prepare()
@@ -77,15 +70,10 @@ def test_folders_that_say_so_are_the_splits(make_mp4, prepare, folders):
     assert names(val) == [f"{folders[1]}/sub/9.mp4"]
 
 
-def test_adding_files_moves_none_across_even_where_a_side_had_to_be_filled(make_mp4, prepare, tmp_path):
-    source = make_mp4("00.mp4")
-    copy = lambda i: shutil.copy(source, tmp_path / "videos" / f"{i:02d}.mp4")  # noqa: E731
-    for i in range(1, 4):
-        copy(i)
+def test_adding_files_moves_none_across_even_where_a_side_had_to_be_filled(make_mp4, prepare):
     sides = {}
     for count in (4, 12, 40):
-        for i in range(count):
-            copy(i) if i else None
+        make_copies(make_mp4, count)
         train, val = prepare(val_ratio=0.03)
         assert train and val and len(train) + len(val) == count
         now = dict.fromkeys(names(train), "train") | dict.fromkeys(names(val), "val")
@@ -94,26 +82,23 @@ def test_adding_files_moves_none_across_even_where_a_side_had_to_be_filled(make_
 
 
 def test_a_file_linked_into_both_folders_is_held_out(make_mp4, prepare, tmp_path):
-    for i in range(3):
-        path = make_mp4(f"train/{i}.mp4")
+    train = make_copies(make_mp4, 3, "train/{}.mp4")
     (tmp_path / "videos" / "val").mkdir()
-    (tmp_path / "videos" / "val" / "x.mp4").symlink_to(path)
+    (tmp_path / "videos" / "val" / "x.mp4").symlink_to(train / "2.mp4")
     train, val = prepare()
     assert names(train) == ["train/0.mp4", "train/1.mp4"] and names(val) == ["val/x.mp4"]
 
 
 def test_a_run_with_longer_clips_does_not_change_the_split_of_another(make_mp4, prepare):
     for i in range(12):
-        make_mp4(f"{i:02d}.mp4", count=10 if position(0, f"{i:02d}.mp4") < 0.1 else 30)
+        make_mp4(f"{i:02d}.mp4", count=10 if split_key(0, f"{i:02d}.mp4") < 0.1 else 30)
     before = prepare(val_ratio=0.1)
     prepare(val_ratio=0.1, span=20)  # none of those held out is long enough: another file has to be
     assert prepare(val_ratio=0.1) == before
 
 
-def test_names_that_are_no_text_are_found_and_reported(make_mp4, prepare, tmp_path):
-    for i in range(3):
-        make_mp4(f"{i}.mp4")
-    (tmp_path / "videos" / os.fsdecode(b"\xff.mp4")).touch()
+def test_names_that_are_no_text_are_found_and_reported(make_mp4, prepare):
+    (make_copies(make_mp4, 3) / os.fsdecode(b"\xff.mp4")).touch()
     train, val = prepare()
     assert len(train + val) == 3
     prepare.lines[1].encode()  # printable
@@ -121,21 +106,18 @@ def test_names_that_are_no_text_are_found_and_reported(make_mp4, prepare, tmp_pa
 
 
 def test_the_hash_meets_the_ratio_and_depends_on_the_seed():
-    places = np.array([position(0, f"{i}.mp4") for i in range(4000)])
+    places = np.array([split_key(0, f"{i}.mp4") for i in range(4000)])
     # binomial: standard deviation sqrt(0.1 * 0.9 / 4000) = 0.0047; four of them
     assert (places < 0.1).mean() == pytest.approx(0.1, abs=0.019)
-    assert np.corrcoef(places, [position(1, f"{i}.mp4") for i in range(4000)])[0, 1] == pytest.approx(0, abs=0.07)
+    assert np.corrcoef(places, [split_key(1, f"{i}.mp4") for i in range(4000)])[0, 1] == pytest.approx(0, abs=0.07)
 
 
-def test_max_videos_limits_the_total_and_keeps_both_sides(make_mp4, prepare, tmp_path):
-    source = make_mp4("00.mp4")
-    for i in range(1, 30):
-        shutil.copy(source, tmp_path / "videos" / f"{i:02d}.mp4")
+def test_max_videos_limits_the_total_and_keeps_both_sides(make_mp4, prepare):
+    make_copies(make_mp4, 30)
     for limit in (2, 5, 17):
         train, val = prepare(max_videos=limit)
         assert len(train) + len(val) == limit and train and val
-    everything = prepare(max_videos=100)
-    assert sum(map(len, everything)) == 30
+    assert sum(map(len, prepare(max_videos=100))) == 30
     small, large = prepare(max_videos=6)[0], prepare(max_videos=12)[0]
     assert set(names(small)) <= set(names(large))
     assert share_limit(None, 7, 3) == (7, 3)
@@ -143,11 +125,10 @@ def test_max_videos_limits_the_total_and_keeps_both_sides(make_mp4, prepare, tmp
         share_limit(1, 7, 3)
 
 
-def test_max_videos_looks_past_bad_files_and_no_further_than_needed(make_mp4, prepare, tmp_path, monkeypatch):
-    source = make_mp4("00.mp4")
+def test_max_videos_looks_past_bad_files_and_no_further_than_needed(make_mp4, prepare):
+    folder = make_copies(make_mp4, 40)
     for i in range(1, 40):
-        (tmp_path / "videos" / f"bad{i:02d}.mp4").touch()
-        shutil.copy(source, tmp_path / "videos" / f"{i:02d}.mp4")
+        (folder / f"bad{i:02d}.mp4").touch()
     train, val = prepare(max_videos=10, val_ratio=0.3)
     assert len(train) + len(val) == 10
     seen = int(prepare.lines[0].split()[0])
@@ -160,11 +141,9 @@ def test_max_videos_looks_past_bad_files_and_no_further_than_needed(make_mp4, pr
 def test_the_index_is_reused_until_a_file_changes(make_mp4, tmp_path, monkeypatch):
     paths = [make_mp4("a.mp4", count=9), make_mp4("b.mp4", count=10)]
     look = lambda: VideoIndex(tmp_path / "videos", tmp_path / "cache").lookup(paths, 2)  # noqa: E731
-    first = look()
+    first, probed, probe = look(), [], video_index.probe_video
     assert [video.info.frames for video in first] == [9, 10]
-    probed = []
-    probe = VideoIndex.lookup.__globals__["probe_video"]
-    monkeypatch.setitem(VideoIndex.lookup.__globals__, "probe_video", lambda p: (probed.append(p.name), probe(p))[1])
+    monkeypatch.setattr(video_index, "probe_video", lambda path: (probed.append(path.name), probe(path))[1])
     assert look() == first and probed == []
     make_mp4("b.mp4", count=11)
     os.utime(paths[1], ns=(1, 1))
@@ -181,11 +160,9 @@ def test_a_damaged_index_is_made_anew(make_mp4, tmp_path):
         assert VideoIndex(tmp_path / "videos", tmp_path / "cache").lookup([path], 1)[0].info.frames == 12
 
 
-def test_bad_files_are_counted_and_named_with_their_reason(make_mp4, prepare, tmp_path):
-    for i in range(4):
-        make_mp4(f"good{i}.mp4")
+def test_bad_files_are_counted_and_named_with_their_reason(make_mp4, prepare):
+    (make_copies(make_mp4, 4, "good{}.mp4") / "empty.mp4").touch()
     make_mp4("short.mp4", count=7)
-    (tmp_path / "videos" / "empty.mp4").touch()
     train, val = prepare()
     assert sorted(names(train + val)) == [f"good{i}.mp4" for i in range(4)]
     text = "\n".join(prepare.lines)
@@ -198,20 +175,15 @@ def test_a_folder_without_a_usable_file_is_one_clear_error(make_mp4, prepare, tm
     (tmp_path / "videos").mkdir()
     with pytest.raises(ValueError, match="two usable MP4 files.*0 MP4 files"):
         prepare()
-    for i in range(22):
-        make_mp4(f"{i}.mp4", count=7)
-    with pytest.raises(ValueError, match="0 usable, 22 too short, 0 unreadable; too short .* and 2 more "):
+    make_copies(make_mp4, 22, frames=7)
+    first_few = r"too short .* \(7 frames\) and 2 more \(python tools/check_videos\.py lists all\)"
+    with pytest.raises(ValueError, match=f"0 usable, 22 too short, 0 unreadable; {first_few}$"):
         prepare()
-    make_mp4("good.mp4")
-    with pytest.raises(ValueError, match="two usable MP4 files, one for validation"):
+    make_mp4("good.mp4", count=14)
+    with pytest.raises(ValueError, match="two usable MP4 files, one for validation; .* 1 usable, 22 too short"):
         prepare()
-
-
-def test_stride_counts_in_what_is_too_short(make_mp4, prepare):
-    for i in range(3):
-        make_mp4(f"{i}.mp4", count=14)
-    with pytest.raises(ValueError, match="clip of 15 frames"):
-        prepare(span=(8 - 1) * 2 + 1)
+    with pytest.raises(ValueError, match="23 too short, 0 unreadable; too short for a clip of 15 frames"):
+        prepare(span=video_index.clip_span(8, 2))  # the stride counts
 
 
 # --- clips ------------------------------------------------------------------------------------------------------------
@@ -224,9 +196,9 @@ def videos(make_mp4, prepare):
     return prepare(val_ratio=0.01)[0]
 
 
-def dataset(videos, **changes):
+def dataset(videos, source=None, **changes):
     settings = {"num_frames": 5, "frame_stride": 2, "seed": 3, "random_window": True}
-    return VideoClipDataset(videos, DecodedFrames(64, "rgb"), **(settings | changes))
+    return VideoClipDataset(videos, source or DecodedFrames(64, "rgb"), **(settings | changes))
 
 
 def shown(clip):
@@ -268,21 +240,13 @@ def test_flip_and_reversal_happen_to_half_of_the_clips(videos):
     keys = [(epoch, i) for epoch in range(12) for i in range(len(videos))]
     backwards = mirrored = 0
     for key in keys:
-        clip = plain[key].clip
-        turned, mirror = reversed_[key].clip, flipped[key].clip
+        clip, turned, mirror = (clips[key].clip for clips in (plain, reversed_, flipped))
         assert torch.equal(turned, clip) or torch.equal(turned, clip.flip(1))
         assert torch.equal(mirror, clip) or torch.equal(mirror, clip.flip(3))
         backwards += not torch.equal(turned, clip)
         mirrored += not torch.equal(mirror, clip)
     # 84 fair coins: standard deviation 4.6; three of them
     assert abs(backwards - 42) < 14 and abs(mirrored - 42) < 14
-
-
-def test_size_and_colour_are_what_was_asked_for(videos):
-    read = VideoClipDataset(
-        videos, DecodedFrames(16, "gray"), num_frames=3, frame_stride=1, seed=0, random_window=True
-    )[0, 0]
-    assert read.clip.shape == (1, 3, 16, 16) and read.clip.dtype == torch.uint8
 
 
 def test_a_file_that_fails_later_is_replaced_by_a_fixed_other_one(videos):
@@ -317,8 +281,8 @@ def test_too_many_failed_reads_stop_the_run_and_few_do_not(videos):
 
 
 def test_each_epoch_is_a_fresh_permutation_in_whole_steps():
-    batches = list(ClipBatches(23, 4, 2, seed=0, first=0, last=12))  # 2 steps of 2 batches of 4 per epoch
-    assert len(batches) == 12 and steps_per_epoch(23, 8) == 2
+    batches = list(ResumableBatchSampler(23, 4, 2, seed=0, first_step=0, last_step=6))  # 2 batches of 4 a step
+    assert len(batches) == 12 and kinetics_video_dataset.steps_per_epoch(23, 8) == 2
     epochs = [[key for batch in batches[e * 4 : e * 4 + 4] for key in batch] for e in range(3)]
     for e, keys in enumerate(epochs):
         assert {epoch for epoch, _ in keys} == {e}
@@ -327,13 +291,15 @@ def test_each_epoch_is_a_fresh_permutation_in_whole_steps():
 
 
 def test_batches_from_any_point_are_those_of_the_whole_run():
-    whole = list(ClipBatches(23, 4, 1, seed=5, first=0, last=40))
-    for first in (1, 5, 17):
-        assert list(ClipBatches(23, 4, 1, seed=5, first=first, last=40)) == whole[first:]
+    for per_step in (1, 3):
+        whole = list(ResumableBatchSampler(23, 4, per_step, seed=5, first_step=0, last_step=40))
+        for first in (1, 5, 17):
+            rest = ResumableBatchSampler(23, 4, per_step, seed=5, first_step=first, last_step=40)
+            assert list(rest) == whole[first * per_step :] and len(rest) == (40 - first) * per_step
 
 
 def test_fewer_clips_than_a_step_needs_repeat_within_it():
-    batches = list(ClipBatches(3, 8, 1, seed=0, first=0, last=2))
+    batches = list(ResumableBatchSampler(3, 8, 1, seed=0, first_step=0, last_step=2))
     for epoch, batch in enumerate(batches):
         assert len(batch) == 8 and {key[0] for key in batch} == {epoch}
         assert set(Counter(i for _, i in batch).values()) == {2, 3}
@@ -344,23 +310,21 @@ def test_fewer_clips_than_a_step_needs_repeat_within_it():
 
 @pytest.mark.parametrize("color_mode", ["rgb", "gray"])
 def test_cached_clips_equal_decoded_ones_and_are_shared_by_later_runs(videos, tmp_path, color_mode):
-    settings = {"num_frames": 5, "frame_stride": 2, "seed": 3, "random_window": True}
     make = lambda: CachedFrames(videos, 16, color_mode, tmp_path / "cache", workers=2)  # noqa: E731
-    cache = make()
-    decoded = VideoClipDataset(videos, DecodedFrames(16, color_mode), **settings)
+    cache, decoded = make(), dataset(videos, DecodedFrames(16, color_mode))
     keys = [(epoch, i) for epoch in range(3) for i in range(len(videos))]
     for workers in (0, 2) if color_mode == "rgb" else (0,):
-        loader = DataLoader(
-            VideoClipDataset(videos, cache, **settings), batch_sampler=[[k] for k in keys], num_workers=workers,
-            collate_fn=collate, multiprocessing_context="spawn" if workers else None,
-        )  # fmt: skip
+        processes = {"num_workers": workers, "multiprocessing_context": "spawn" if workers else None}
+        batches = {"batch_sampler": [[key] for key in keys], "collate_fn": collate}
+        loader = DataLoader(dataset(videos, cache), **batches, **processes)
         for key, (clips, failed, _) in zip(keys, loader, strict=True):
             assert failed == [] and torch.equal(clips[0], decoded[key].clip)
+    assert clips.shape == (1, 1 if color_mode == "gray" else 3, 5, 16, 16) and clips.dtype == torch.uint8
     written = cache.path.stat().st_mtime_ns
     assert make().path.stat().st_mtime_ns == written  # found again
     assert CachedFrames(videos, 8, color_mode, tmp_path / "cache").path != cache.path
     os.truncate(cache.path, 1000)  # a cache cut short is made anew
-    assert torch.equal(VideoClipDataset(videos, make(), **settings)[keys[5]].clip, decoded[keys[5]].clip)
+    assert torch.equal(dataset(videos, make())[keys[5]].clip, decoded[keys[5]].clip)
 
 
 def test_a_cache_that_does_not_fit_the_disk_is_refused(videos, tmp_path, monkeypatch):
@@ -372,15 +336,6 @@ def test_a_cache_that_does_not_fit_the_disk_is_refused(videos, tmp_path, monkeyp
 
 def test_a_video_that_cannot_be_cached_whole_is_replaced_when_asked_for(videos, tmp_path):
     os.truncate(videos[1].path, 100)
-    cache = CachedFrames(videos, 16, "rgb", tmp_path / "cache")
-    clips = VideoClipDataset(videos, cache, num_frames=5, frame_stride=1, seed=0, random_window=True)
+    clips = dataset(videos, CachedFrames(videos, 16, "rgb", tmp_path / "cache"), frame_stride=1)
     assert "only 0 of" in clips[0, 1].failures[0] and clips[0, 1].clip is not None
     assert clips[0, 0].failures == []
-
-
-def test_reports_name_the_first_few_and_count_the_rest(make_mp4, prepare, tmp_path):
-    make_mp4("a.mp4")
-    for i in range(24):
-        (tmp_path / "videos" / f"bad{i}.mp4").touch()
-    videos = VideoIndex(tmp_path / "videos", tmp_path / "cache").lookup(find_videos(tmp_path / "videos"), 1)
-    assert report(videos, 8)[1].endswith("and 4 more (python data/check_videos.py lists all)")

@@ -1,6 +1,6 @@
 """Turn the public BAIR robot-pushing TFRecords into folders of MP4 files, without TensorFlow and without loss.
 
-    python data/bair_to_mp4.py --source softmotion30_44k --out_dir bair --workers 4
+    python tools/bair_to_mp4.py --source softmotion30_44k --out_dir bair --workers 4
 
 The records are those of http://rail.eecs.berkeley.edu/datasets/bair_robot_pushing_dataset_v0.tar, unpacked. Files below
 a folder named test or val go to videos_val/, all others to videos_train/, a clip per record: 30 frames of 64x64 from
@@ -10,26 +10,27 @@ record are tested; damaged records are named and skipped. A stopped run goes on 
 """
 
 import functools
+import io
+import math
 import os
 import re
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from utils.processes import map_in_processes
-
 from data.video_reader import DECODE_ERRORS, probe_video, read_frames
+from tools.processes import map_in_processes
 from utils.flags import Parser, nonempty_path, positive_int
 from utils.io import save_mp4
 
@@ -37,27 +38,24 @@ FRAMES, SIZE, FPS = 30, 64, 10
 LITERATURE_VIEW = "image_aux1"
 HELD_OUT = {"test", "val", "valid", "validation"}  # names of folders
 CRC_POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), bit-reversed
+CRC_START = b"\x54\x64\x1f\x64"  # turns a register of zeros into one of ones, with which the checksum begins
 CRC_MASK = 0xA282EAD8  # TFRecord stores checksums rotated by 15 bits plus this
 CRC_LANES = 1024  # stretches of a record whose checksums are computed side by side
+CONVERTED, THERE_BEFORE = "converted", "there before"
 
 
 # --- TFRecord ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def crc_table() -> np.ndarray:
-    """The checksum's step for each byte, [256] uint32."""
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(CRC_POLYNOMIAL), np.uint32(0))
-    return table
+CRC_TABLE = np.arange(256, dtype=np.uint32)  # the checksum's step for each byte
+for _ in range(8):
+    CRC_TABLE = CRC_TABLE >> 1 ^ CRC_POLYNOMIAL * (CRC_TABLE & 1)
 
 
 def crc_advance(state: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Checksum registers [L] after the bytes of columns [W,L], side by side."""
-    table = crc_table()
     for column in columns:
-        state = table[(state ^ column) & 0xFF] ^ (state >> 8)
+        state = CRC_TABLE[(state ^ column) & 0xFF] ^ (state >> 8)
     return state
 
 
@@ -69,21 +67,14 @@ def crc_zeros(count: int) -> np.ndarray:
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C of some bytes.
+    """CRC-32C of some bytes, cut into equal lanes (zeros in front change nothing) whose registers advance together.
 
-    The bytes are cut into equal lanes whose registers advance together, and a lane's register is carried over the next
-    lane by linearity. Zeros in front change nothing, and a register of ones in front of the data is the same as
-    inverting its first four bytes.
-
-    Source: RFC 3720, appendix B.4.
+    Then each lane's register is carried over the next lane by linearity. Source: RFC 3720, appendix B.4.
     """
-    if len(data) < 4:
-        state = crc_advance(np.array([0xFFFFFFFF], np.uint32), np.frombuffer(data, np.uint8)[:, None])
-        return int(state[0]) ^ 0xFFFFFFFF
+    data = np.frombuffer(CRC_START + data, np.uint8)
     width = -(-len(data) // CRC_LANES)
     padded = np.zeros(width * CRC_LANES, np.uint8)
-    padded[-len(data) :] = np.frombuffer(data, np.uint8)
-    padded[-len(data) :][:4] ^= 0xFF
+    padded[-len(data) :] = data
     lanes = crc_advance(np.zeros(CRC_LANES, np.uint32), padded.reshape(CRC_LANES, width).T)
     carry, bits, total = crc_zeros(width), np.arange(32, dtype=np.uint32), np.uint32(0)
     for lane in lanes:
@@ -104,24 +95,25 @@ def read_records(path: Path) -> Iterator[bytes | str]:
 
     Source: tensorflow.org/tutorials/load_data/tfrecord, "TFRecords format details".
     """
-    remaining = path.stat().st_size
-    with path.open("rb") as file:
-        while remaining:
-            head = file.read(12)
-            if len(head) < 12:
-                yield "the file is cut within the length of this record"
-                return
-            length, length_crc = struct.unpack("<QI", head)
-            remaining -= 12
-            if masked_crc32c(head[:8]) != length_crc:
-                yield "wrong checksum of its length, so the rest of the file is lost"
-                return
-            if length + 4 > remaining:
-                yield f"the file is cut within this record ({remaining} of {length + 4} bytes)"
-                return
-            data, (data_crc,) = file.read(length), struct.unpack("<I", file.read(4))
-            remaining -= length + 4
-            yield data if masked_crc32c(data) == data_crc else "wrong checksum of its data"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            while head := file.read(12):
+                if len(head) < 12:
+                    yield "the file is cut within the length of this record"
+                    return
+                length, length_crc = struct.unpack("<QI", head)
+                if masked_crc32c(head[:8]) != length_crc:
+                    yield "wrong checksum of its length, so the rest of the file is lost"
+                    return
+                data = file.read(min(length + 4, size))
+                if len(data) < length + 4:
+                    yield f"the file is cut within this record ({len(data)} of {length + 4} bytes)"
+                    return
+                record, (data_crc,) = data[:-4], struct.unpack("<I", data[-4:])
+                yield record if masked_crc32c(record) == data_crc else "wrong checksum of its data"
+    except OSError as error:
+        yield f"cannot be read ({error.strerror})"
 
 
 def count_records(path: Path) -> int:
@@ -130,92 +122,58 @@ def count_records(path: Path) -> int:
     with path.open("rb") as file:
         while len(head := file.read(12)) == 12:
             count += 1
-            place = file.tell() + struct.unpack("<Q", head[:8])[0] + 4
-            if place > size:
-                break
-            file.seek(place)
+            file.seek(min(struct.unpack("<Q", head[:8])[0] + 4, size), os.SEEK_CUR)
     return count
 
 
-def fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+def varint(stream: io.BytesIO) -> int:
+    """The next integer of a protobuf message: seven bits a byte, the lowest first."""
+    value = shift = 0
+    while shift < 70 and (byte := stream.read(1)):
+        value |= (byte[0] & 0x7F) << shift
+        shift += 7
+        if byte[0] < 0x80:
+            return value
+    raise ValueError("not a protobuf message")
+
+
+def fields(message: bytes) -> Iterator[tuple[int, bytes]]:
     """The length-delimited fields of a protobuf message as (number, payload); others are passed over.
 
     Raises: ValueError: if the message is cut or no protobuf.
     Source: protobuf.dev/programming-guides/encoding.
     """
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            if at >= len(message) or shift > 63:
-                raise ValueError("not a protobuf message")
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        number, wire = divmod(varint(), 8)
+    stream = io.BytesIO(message)
+    while stream.tell() < len(message):
+        number, wire = divmod(varint(stream), 8)
         if wire == 0:
-            varint()
+            varint(stream)
             continue
-        size = {1: 8, 2: None, 5: 4}.get(wire, -1)
-        size = varint() if size is None else size
-        if size < 0 or at + size > len(message):
+        size = varint(stream) if wire == 2 else {1: 8, 5: 4}.get(wire, math.inf)
+        if stream.tell() + size > len(message):
             raise ValueError("not a protobuf message")
+        payload = stream.read(size)
         if wire == 2:
-            yield number, message[at : at + size]
-        at += size
+            yield number, payload
 
 
-def bytes_features(record: bytes) -> dict[str, memoryview]:
+def bytes_features(record: bytes) -> dict[str, bytes]:
     """The first bytes value of every feature of a tf.train.Example, by name.
 
     Raises: ValueError: if the record is none.
     """
     found = {}
-    for _, features in fields(memoryview(record)):  # Example.features
+    for _, features in fields(record):  # Example.features
         for _, entry in fields(features):  # Features.feature, a map
             pair = dict(fields(entry))  # 1 key, 2 value
-            for kind, values in fields(pair.get(2, memoryview(b""))):  # Feature: 1 is a BytesList
+            for kind, values in fields(pair.get(2, b"")):  # Feature: 1 is a BytesList
                 value = next((payload for _, payload in fields(values)), None) if kind == 1 else None
                 if value is not None and 1 in pair:
-                    found[bytes(pair[1]).decode(errors="replace")] = value
+                    found[pair[1].decode(errors="replace")] = value
     return found
 
 
-def clip_of(record: bytes, view: str) -> Tensor:
-    """A record's frames, uint8 [3,T,H,W].
-
-    Raises: ValueError: saying which frame is missing or of another size.
-    """
-    features = bytes_features(record)
-    frames = []
-    for i in range(FRAMES):
-        raw = features.get(f"{i}/{view}/encoded")
-        if raw is None:
-            raise ValueError(f"it has no {i}/{view}/encoded")
-        if len(raw) != SIZE * SIZE * 3:
-            raise ValueError(f"{i}/{view}/encoded must be {SIZE * SIZE * 3} bytes of raw RGB (got {len(raw)})")
-        frames.append(np.frombuffer(raw, np.uint8).reshape(SIZE, SIZE, 3))
-    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
-
-
 # --- conversion -------------------------------------------------------------------------------------------------------
-
-
-class Outcome(NamedTuple):
-    """What became of one record: "converted", "there before", or why it was skipped."""
-
-    record: str
-    what: str
-
-
-CONVERTED, THERE_BEFORE = "converted", "there before"
 
 
 class Task(NamedTuple):
@@ -226,29 +184,22 @@ class Task(NamedTuple):
     view: str
 
 
-def convert(task: Task) -> Iterator[Outcome]:
-    """Convert one file, a record at a time.
+def convert(task: Task) -> list[tuple[str, str]]:
+    """Convert one file; returns every record's name with CONVERTED, THERE_BEFORE or why it was skipped.
 
     Raises: OSError or av.FFmpegError: if a clip cannot be written.
     """
+    task.folder.mkdir(parents=True, exist_ok=True)
+    outcomes = []
     camera = "" if task.view == LITERATURE_VIEW else f"_{task.view}"  # two views never share a name
-    records = enumerate(read_records(task.source))
-    while True:
-        try:
-            number, record = next(records)
-        except StopIteration:
-            return
-        except OSError as error:
-            yield Outcome(str(task.source), f"cannot be read ({error.strerror})")
-            return
+    for number, record in enumerate(read_records(task.source)):
         target = task.folder / f"{clip_stem(task.source)}_{number:04d}{camera}.mp4"
-        name = f"{task.source}, record {number}"
         if target.is_file():
-            yield Outcome(name, THERE_BEFORE)
-        elif isinstance(record, str):
-            yield Outcome(name, record)
+            outcome = THERE_BEFORE
         else:
-            yield Outcome(name, write_clip(target, record, task.view))
+            outcome = record if isinstance(record, str) else write_clip(target, record, task.view)
+        outcomes.append((f"{task.source}, record {number}", outcome))
+    return outcomes
 
 
 def clip_stem(source: Path) -> str:
@@ -259,9 +210,17 @@ def clip_stem(source: Path) -> str:
 def write_clip(target: Path, record: bytes, view: str) -> str:
     """Write one record as a clip, compared with its source before it gets its name; returns what became of it."""
     try:
-        clip = clip_of(record, view)
+        features = bytes_features(record)
     except ValueError as error:
         return str(error)
+    frames = []
+    for name in (f"{i}/{view}/encoded" for i in range(FRAMES)):
+        if name not in features:
+            return f"it has no {name}"
+        if len(features[name]) != SIZE * SIZE * 3:
+            return f"{name} must be {SIZE * SIZE * 3} bytes of raw RGB (got {len(features[name])})"
+        frames.append(np.frombuffer(features[name], np.uint8).reshape(SIZE, SIZE, 3))
+    clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)  # [3,T,H,W]
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         save_mp4(temporary, clip, FPS, lossless=True)
@@ -272,21 +231,6 @@ def write_clip(target: Path, record: bytes, view: str) -> str:
     finally:
         temporary.unlink(missing_ok=True)
     return CONVERTED
-
-
-def convert_whole(task: Task) -> list[Outcome]:
-    """All of one file, for a process of its own."""
-    return list(convert(task))
-
-
-def outcomes(tasks: Sequence[Task], workers: int) -> Iterator[Outcome]:
-    """What becomes of every record, converted by so many processes, a file each."""
-    if workers <= 1 or len(tasks) < 2:
-        for task in tasks:  # here, a record at a time, so that the progress bar moves with each
-            yield from convert(task)
-        return
-    for finished in map_in_processes(convert_whole, tasks, workers):
-        yield from finished
 
 
 def find_tasks(source: Path, out_dir: Path, view: str) -> list[Task]:
@@ -314,14 +258,11 @@ def find_tasks(source: Path, out_dir: Path, view: str) -> list[Task]:
 def build_parser() -> Parser:
     """Every flag."""
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--source", type=nonempty_path, required=True, help="folder of TFRecords (softmotion30_44k), or one file"
-    )
-    parser.add_argument(
-        "--out_dir", type=nonempty_path, required=True, help="folder that gets videos_train/, videos_val/"
-    )
-    parser.add_argument("--view", default=LITERATURE_VIEW, help="camera: image_aux1, as the literature, or image_main")
-    parser.add_argument("--workers", type=positive_int, default=1, help="files converted at once")
+    add = parser.add_argument
+    add("--source", type=nonempty_path, required=True, help="folder of TFRecords (softmotion30_44k), or one file")
+    add("--out_dir", type=nonempty_path, required=True, help="folder that gets videos_train/, videos_val/")
+    add("--view", default=LITERATURE_VIEW, help="camera: image_aux1, as the literature, or image_main")
+    add("--workers", type=positive_int, default=1, help="files converted at once")
     return parser
 
 
@@ -332,13 +273,12 @@ def main(argv: list[str] | None = None) -> int:
     counts = {CONVERTED: 0, THERE_BEFORE: 0, "skipped": 0}
     try:
         tasks = find_tasks(Path(args.source), Path(args.out_dir), args.view)
-        for task in tasks:
-            task.folder.mkdir(parents=True, exist_ok=True)
         total = sum(count_records(task.source) for task in tasks)
-        for outcome in tqdm(outcomes(tasks, args.workers), "converting", total, unit="clip", disable=None):
-            counts[outcome.what if outcome.what in counts else "skipped"] += 1
-            if outcome.what not in counts:
-                tqdm.write(f"skipped {outcome.record}: {outcome.what}", file=sys.stderr)
+        outcomes = chain.from_iterable(map_in_processes(convert, tasks, args.workers))
+        for record, outcome in tqdm(outcomes, "converting", total, unit="clip", disable=None):
+            counts[outcome if outcome in counts else "skipped"] += 1
+            if outcome not in counts:
+                tqdm.write(f"skipped {record}: {outcome}", file=sys.stderr)
     except (*DECODE_ERRORS, BrokenProcessPool) as error:
         parser.error(f"{error}")
     except KeyboardInterrupt:

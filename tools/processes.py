@@ -1,26 +1,10 @@
-"""Work spread over processes, and their end."""
+"""Work spread over processes."""
 
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
-
-
-def end_children() -> None:
-    """Kill and reap the processes that multiprocessing started here and nobody will ask again."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would take it for an accident
-    try:
-        for child in multiprocessing.active_children():
-            child.kill()
-            child.join()
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
-
-
-def loading_process_died(error: RuntimeError) -> bool:
-    """Whether an error is a DataLoader's report that one of its processes was killed."""
-    return str(error).startswith("DataLoader worker")
 
 
 def map_in_processes(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Iterator[Any]:

@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,21 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.io import remove_stale_temporaries
 
 
+@dataclass
 class Checkpointer:
     """Writes last.pt (keeping the one before as prev.pt) and best.pt.
 
     One that cannot be written costs a line, not the run. One whose weights are diverged is not written.
-
-    Args:
-        last_is_whole: whether last.pt is known to be readable, and so worth keeping as prev.pt.
-        contents: gives what is to be saved.
-        probe_loss: gives the loss of some batch under the weights that are to be saved.
-        every_steps: steps between saves, as every_minutes; 0 = none.
     """
 
-    def __init__(
-        self,
-        out_dir: Path,
-        last_is_whole: bool,
-        contents: Callable[[], dict[str, Any]],
-        probe_loss: Callable[[], float],
-        every_steps: int = 0,
-        every_minutes: float = 0.0,
-    ):
-        self.out_dir = out_dir
-        self.last_is_whole = last_is_whole
-        self.contents = contents
-        self.probe_loss = probe_loss
-        self.every_steps = every_steps
-        self.every_minutes = every_minutes
-        self.failure: OSError | FloatingPointError | None = None  # of the newest attempt at last.pt
-        self.tried_at = time.monotonic()
+    out_dir: Path
+    last_is_whole: bool  # whether last.pt is known to be readable, and so worth keeping as prev.pt
+    contents: Callable[[], dict[str, Any]]  # what is to be saved
+    probe_loss: Callable[[], float]  # the loss of some batch under the weights that are to be saved
+    every_steps: int = 0  # steps between saves of last.pt; 0 = none
+    every_minutes: float = 0.0  # likewise
+    failure: OSError | FloatingPointError | None = None  # of the newest attempt at last.pt
+    tried_at: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
         """Whether a save is due after this step."""
@@ -66,11 +53,11 @@ class Checkpointer:
 
     def raise_failure(self) -> None:
         """Raises: FloatingPointError or ValueError: if the newest attempt at last.pt failed."""
-        if isinstance(self.failure, FloatingPointError):
-            raise self.failure
-        if self.failure:
+        if isinstance(self.failure, OSError):
             lost = "the work since the last save is lost, as it could not be written"
             raise ValueError(f"--out_dir {self.out_dir}: {lost}")
+        if self.failure:
+            raise self.failure
 
     def _save(self, name: str, state: TrainingState, previous: Path | None) -> OSError | FloatingPointError | None:
         failure: OSError | FloatingPointError

@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 # vanishes without a word, and for the first look at a large data folder, during which the others wait.
 STEP_TIMEOUT = timedelta(minutes=30)
 PREPARATION_TIMEOUT = timedelta(days=1)
-PREPARATION_GROUP: list[dist.ProcessGroup] = []  # of the one run of this process
 LOST_PEER_SIGNS = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo/transport", "nccl")
 
 Result = TypeVar("Result")
@@ -45,8 +44,8 @@ class Silent:
 
 def world_size() -> int:
     """How many processes the run has, by torchrun's environment; 1 without it."""
-    started = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    return int(os.environ["WORLD_SIZE"]) if started else 1
+    under_torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun else 1
 
 
 def rank() -> int:
@@ -105,7 +104,6 @@ def init_distributed(device: torch.device) -> torch.device:
     try:
         # what is on the CPU, such as a signal that came, never waits for a GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
-        PREPARATION_GROUP[:] = [dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)]
     except RuntimeError as error:
         raise ValueError(f"the {world_size()} processes could not meet ({str(error)[:200]})") from error
     return device
@@ -185,11 +183,12 @@ def main_process_first(prepare: Callable[[], Result]) -> Result:
     """prepare() by the first process of all, then by the first of every machine, then by those that find it done."""
     if world_size() == 1:
         return prepare()
+    group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
     mine = 0 if is_main() else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for turn in range(3):
         if turn == mine:
             result = prepare()
-        dist.barrier(PREPARATION_GROUP[0])
+        dist.barrier(group)
     return result
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.video_unet3d import blind_levels
 from training.distributed import print0
 from training.state import TrainingState, get_lr
 from utils import io
@@ -129,7 +128,7 @@ def describe_run(args: argparse.Namespace, state: TrainingState, clips: str, amp
         print0(f"--amp does nothing on {device.type}: training in float32")
     if not args.cfg_drop_prob and args.vis_every and args.vis_guidance_scale != 1:
         print0("note: --cfg_drop_prob 0 trains no unconditional branch: previews need --vis_guidance_scale 1")
-    blind = ", ".join(map(str, blind_levels(args.base_channels, args.channel_mults)))
+    blind = ", ".join(map(str, state.model.blind_levels))
     if blind:
         remedy = "--base_channels of 3 * 2^n, such as 24, 48 or 96, keeps it"
         print0(f"note: at level {blind} norms have one channel per group and erase the time embedding; {remedy}")
@@ -145,7 +144,7 @@ def warn_if_unwritable(path: Path) -> Iterator[None]:
 
 
 def loss_text(loss: float | None) -> str:
-    """A mean loss as it is printed; None is that of no step with finite gradients."""
+    """A mean loss as it is printed; None is that of no finite step."""
     return "not finite" if loss is None else f"{loss:.4f}"
 
 

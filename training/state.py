@@ -159,8 +159,9 @@ def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def init_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None) -> TrainingState:
     """Fresh weights (by the seed), their EMA copy and an optimiser."""
+    config = model_config_of(args)
     torch.manual_seed(generator_for(args.seed, INIT).initial_seed())
-    model = build_model(model_config_of(args)).to(device).set_memory_format(args.channels_last)
+    model = build_model(config).to(device).set_memory_format(args.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     model.activation_checkpointing = args.activation_checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ ALLOWED_OPCODES = re.compile(
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Reads a pickle without making a tensor: only ALLOWED_GLOBALS are known, and only members of the archive."""
+    """Reads a pickle without making a tensor: it knows ALLOWED_GLOBALS alone, and only `storages` of the archive."""
 
     def __init__(self, data: bytes, storages: set[str]):
         super().__init__(io.BytesIO(data))
@@ -61,17 +62,13 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse an archive, of `size` bytes, of which reading would take more than a few times its bytes.
-
-    Raises: ValueError, or one of LOAD_ERRORS over what is no pickle.
-    """
-    entries = archive.infolist()
-    names = [entry.filename.lower() for entry in entries]
+    """Refuse an archive, of `size` bytes, that is damaged or would take more than a few times its bytes to read."""
+    entries, names = archive.infolist(), archive.namelist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("it is compressed")
-    if len(set(names)) < len(names) or sum(entry.file_size for entry in entries) > size:
+    if len({name.lower() for name in names}) < len(names) or sum(entry.file_size for entry in entries) > size:
         raise ValueError("its members overlap")
-    folder = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+    folder = next(name for name in names if name.endswith("/data.pkl")).removesuffix("data.pkl")
     data = archive.read(f"{folder}data.pkl")
     before, tuples = "", set()
     for opcode, argument, _ in pickletools.genops(data):
@@ -79,12 +76,12 @@ def check_archive(archive: zipfile.ZipFile, size: int) -> None:
             raise ValueError(f"it may not contain {opcode.name} {str(argument or '')[:60]}")
         if opcode.name.endswith("BINPUT") and before.startswith("TUPLE"):
             tuples.add(argument)
-        if (
-            opcode.name.endswith("BINGET") and argument in tuples
-        ):  # hashing a tuple of tuples, each met twice, never ends
+        if opcode.name.endswith("BINGET") and argument in tuples:  # such tuples in one another are endless to hash
             raise ValueError("it refers to a tuple twice")
         before = opcode.name
-    RestrictedUnpickler(data, {name.removeprefix(f"{folder}data/") for name in archive.namelist()}).load()
+    RestrictedUnpickler(data, {name.removeprefix(f"{folder}data/") for name in names}).load()
+    if (damaged := archive.testzip()) is not None:  # torch does not compare the checksums
+        raise ValueError(f"wrong checksum of {damaged}")
 
 
 # --- the contents: what sampling and resuming read --------------------------------------------------------------------
@@ -92,7 +89,7 @@ def check_archive(archive: zipfile.ZipFile, size: int) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number; an integer may not be one that no float can hold."""
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= 2**64
+    return abs(value) <= 2**64 if type(value) is int else type(value) is float and math.isfinite(value)
 
 
 def is_integer(high: int, low: int = 0) -> Callable[[Any], bool]:
@@ -108,18 +105,20 @@ def is_state_dict(value: Any) -> bool:
     )
 
 
-def is_history(value: Any) -> bool:
-    """Whether a value has the curves: [step, loss] pairs, and a dict of numbers or None per epoch."""
-    train, epochs = value["train"], value["epochs"]
-    numbers = [number for pair in train for number in pair if len(pair) == 2]
-    numbers += [entry[key] for entry in epochs for key in ("step", "val_loss")]
-    optional = [number for entry in epochs for number in entry.values() if number is not None]
-    return len(numbers) == 2 * (len(train) + len(epochs)) and all(map(is_number, numbers + optional))
-
-
 def has_numbers(*names: str) -> Callable[[Any], bool]:
     """Whether a value is a dict of numbers, or of None where there was none, in which these names are."""
     return lambda value: set(names) <= set(value) and all(x is None or is_number(x) for x in value.values())
+
+
+def is_history(value: Any) -> bool:
+    """Whether a value has the curves: [step, loss] pairs, and a dict of numbers or None per epoch."""
+    train, epochs = value["train"], value["epochs"]
+    return (
+        sum(map(len, epochs)) <= 10**7  # one entry met many times is a small file
+        and all(len(pair) == 2 and all(map(is_number, pair)) for pair in train)
+        and all(is_number(entry["step"]) and is_number(entry["val_loss"]) for entry in epochs)
+        and all(map(has_numbers(), epochs))
+    )
 
 
 def is_a(*kinds: type) -> Callable[[Any], bool]:
@@ -127,14 +126,10 @@ def is_a(*kinds: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kinds)
 
 
-COUNT = is_integer(2**53)
 CONTENTS: dict[str, Callable[[Any], bool]] = {  # dotted keys; a missing value counts as None
-    "step": COUNT,
-    "epoch": COUNT,
-    "step_in_epoch": COUNT,
+    **dict.fromkeys(("step", "epoch", "step_in_epoch"), is_integer(2**53)),
     "best_val_loss": lambda value: is_number(value) or value == math.inf,
-    "model": is_state_dict,
-    "ema": is_state_dict,
+    **dict.fromkeys(("model", "ema"), is_state_dict),
     "optimizer.state": is_a(dict),
     "lr_scheduler": has_numbers("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps"),
     "scaler": has_numbers(),
@@ -142,59 +137,46 @@ CONTENTS: dict[str, Callable[[Any], bool]] = {  # dotted keys; a missing value c
     "model_config": is_a(dict),
     "model_config.image_channels": lambda value: value in (1, 3),
     "model_config.endpoint_context": is_integer(4096, 1),
-    "clip_config.num_frames": is_integer(65536, 1),
-    "clip_config.size": is_integer(65536, 1),
-    "clip_config.frame_stride": is_integer(65536, 1),
+    **dict.fromkeys(("clip_config.num_frames", "clip_config.size", "clip_config.frame_stride"), is_integer(65536, 1)),
     "clip_config.color_mode": lambda value: value in ("rgb", "gray"),
     "diffusion_config.timesteps": is_integer(100_000, 1),
     "diffusion_config.schedule": is_a(str),
     "diffusion_config.noise_offset": lambda value: is_number(value) and 0 <= value <= 100,
     "args.seed": is_integer(2**63 - 1),
     "args.val_ratio": is_number,
-    "args.data_root": is_a(str, type(None)),
-    "args.cache_dir": is_a(str, type(None)),
+    **dict.fromkeys(("args.data_root", "args.cache_dir"), is_a(str, type(None))),
     "args.max_videos": lambda value: value is None or is_integer(2**31, 2)(value),
     "args.processes": lambda value: value is None or is_integer(2**20, 1)(value),
     "history": is_history,
-    "history.sums": is_a(dict),
+    "history.sums": lambda value: has_numbers()(value | {"grad_norm": None}),  # that alone may be infinite
+    "history.sums.grad_norm": is_a(float, type(None)),
 }
 
 
 def check_contents(state: dict[str, Any], path: Path) -> None:
-    """Refuse a checkpoint that sampling or resuming could not use.
-
-    Raises: ValueError: naming the file, the key and the rule.
-    """
+    """Refuse a checkpoint that sampling or resuming could not use, in a ValueError that names the file and the key."""
     for key, holds in CONTENTS.items():
         try:
-            value: Any = state
-            for name in key.split("."):
-                value = value.get(name)
-            sound = holds(value)
+            sound = holds(reduce(dict.get, key.split("."), state))
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
             sound = False
         if not sound:
             raise ValueError(f"{path}: {key} is missing or out of range")
     if (state["model_config"]["image_channels"] == 1) != (state["clip_config"]["color_mode"] == "gray"):
         raise ValueError(f"{path}: its image_channels and its color_mode disagree")
-    groups = [state["model"], state["ema"], *state["optimizer"]["state"].values()]
-    tensors = [value for group in groups if isinstance(group, dict) for value in group.values() if is_a(Tensor)(value)]
-    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > path.stat().st_size:
-        raise ValueError(f"{path}: its tensors claim more than the file holds")
+    claimed, size = 0, path.stat().st_size
+    for group in (state["model"], state["ema"], *state["optimizer"]["state"].values()):
+        for value in group.values() if isinstance(group, dict) else ():
+            claimed += 1 + (value.nbytes if isinstance(value, Tensor) else 0)
+            if claimed > size:
+                raise ValueError(f"{path}: its tensors claim more than the file holds")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any], previous: Path | None = None) -> None:
-    """Write `state` so that `path` is at any instant the previous or the next whole file.
-
-    Args:
-        previous: where the checkpoint that is at `path` now is kept; None = it goes.
-
-    Raises: OSError: naming the folder and its free space, if the disk is full or the folder not writable; the file at
-        `path` is then untouched.
-    """
+    """Write `state` atomically; what was at `path` is kept at `previous`. An OSError names the folder's free space."""
     path = Path(path)
     try:
         with atomic_write(path, previous) as file:
@@ -209,19 +191,13 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], previous: Path | No
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, with `weights_only=True`: nothing in the file is ever executed.
-
-    Raises: ValueError: naming the file, if it is missing, damaged, of another format, or lacks what is needed.
-    """
+    """Read a checkpoint onto the CPU, executing nothing in it; a ValueError names a file that is not to be used."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
             check_archive(archive, path.stat().st_size)
-            damaged = archive.testzip()  # torch does not compare the checksums
-        if damaged is not None:
-            raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except LOAD_ERRORS as error:
         reason = str(error)[:120] if type(error) is ValueError else type(error).__name__
@@ -236,12 +212,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Put weights into a model, whole and fitting.
+    """Put weights into a model; a ValueError names `source` and the first that is missing, unknown or does not fit.
 
-    A model on the "meta" device, which has shapes alone, takes the tensors themselves: nothing is allocated for a
-    model_config before it was found to be that of the weights.
-
-    Raises: ValueError: naming `source` and the first disagreement.
+    A "meta" model takes the tensors themselves: nothing is allocated for a model_config that does not fit its weights.
     """
     try:
         # a plain dict, as torch notes "assign" in the metadata of a state dict and would heed it in every later loading

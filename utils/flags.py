@@ -171,22 +171,3 @@ def add_sampler_flags(
     add("--batch_size", type=positive_int, default=8, help=batch)
     add("--amp", **switch(True), help="bf16 autocast on a GPU that has it; does nothing elsewhere")
     add("--compile", **switch(False), help="torch.compile the network: a minute or more at the start, for many clips")
-
-
-def resolve_clip_flags(args: argparse.Namespace, clip_config: Mapping[str, Any], endpoint_context: int) -> None:
-    """Fill the clip flags that were not given with those of training; two of them may not differ.
-
-    Raises: ValueError: naming the flag, the rule and the value.
-    """
-    trained = {**clip_config, "endpoint_context": endpoint_context}
-    for name, value in trained.items():
-        given = getattr(args, name)
-        if given is None:
-            setattr(args, name, value)
-        elif name in ("endpoint_context", "color_mode") and given != value:
-            raise ValueError(f"--{name} is fixed by {args.ckpt} (got {given}, trained with {value})")
-
-
-def no_unconditional_branch(ckpt: str) -> str:
-    """What to tell who guides a checkpoint that was trained without dropping contexts."""
-    return f"note: {ckpt} has no trained unconditional branch: it needs --guidance_scale 1 (--preset fast beside it)"

@@ -1,6 +1,5 @@
 """Bytes on disk: images in, and PNG, MP4, GIF and contact sheets out."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +8,7 @@ import struct
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,16 +29,14 @@ OBSERVED_COLOUR, GENERATED_COLOUR = (240, 150, 30), (60, 60, 60)  # frame border
 
 
 def read_image(path: str | Path) -> Tensor:
-    """One still image as RGB, uint8 [3,H,W].
+    """One still image as RGB, uint8 [3,H,W]; a ValueError names the file if it is missing, too large or not an image.
 
     EXIF orientation is applied, transparency is laid over white, 16-bit gray is reduced to its upper 8 bits, and of an
     animation the first frame is taken.
-
-    Raises: ValueError: naming the file, if it is missing, too large or not an image.
     """
     path = Path(path).absolute()
     if not path.is_file():  # a FIFO or device would block for ever
-        raise ValueError(f"{path}: no such image file" if not path.exists() else f"{path}: not a regular file")
+        raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such image file'}")
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -46,45 +44,32 @@ def read_image(path: str | Path) -> Tensor:
                 raise ValueError("neither PNG, JPEG, GIF, BMP, TIFF nor WebP")
             if start.startswith(IMAGE_STARTS[1]) and file.read(2**26).count(b"\xff\xda") > MAX_JPEG_SCANS:
                 raise ValueError(f"a JPEG may have {MAX_JPEG_SCANS} scans at most")
-        pixels = decode_image(path)
-    except IMAGE_ERRORS as error:  # all that Pillow raises for one damage or another
-        raise ValueError(f"{path}: not a readable image ({reason_in(error)})") from error
-    if pixels.ndim == 2:
-        return torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
-    image = torch.empty(3, *pixels.shape[:2], dtype=torch.uint8)
-    for i, row in enumerate(pixels):  # row by row, as 16-bit copies of a large image would fill the memory
-        rgb, alpha = np.split(row.astype(np.uint16), [3], axis=1)
-        image[:, i] = torch.from_numpy(((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8).T)
-    return image
-
-
-def decode_image(path: Path) -> np.ndarray:
-    """The first picture of a file, turned upright: uint8 [H,W,4] with alpha, or [H,W] where it has 16-bit gray.
-
-    Raises: ValueError: if it has too many pixels; IMAGE_ERRORS if it is damaged.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's on large images: the bound below is lower; and on odd metadata
-        with iio.imopen(path, "r", plugin="pillow") as image:
+        # Pillow warns of large images, where our bound is lower, and of odd metadata.
+        with warnings.catch_warnings(action="ignore"), iio.imopen(path, "r", plugin="pillow") as image:
             found = image.properties(index=0)  # of the header alone, where its metadata would decode a whole PNG
             height, width = found.shape[:2]
             if width * height > MAX_IMAGE_PIXELS:
                 raise ValueError(f"an image may have {MAX_IMAGE_PIXELS} pixels at most, got {width}x{height}")
-            if found.dtype == np.uint16:
-                return (image.read(index=0, rotate=True) >> 8).astype(np.uint8)
-            return image.read(index=0, mode="RGBA", rotate=True)
-
-
-def reason_in(error: BaseException) -> str:
-    """What went wrong, in one line: the words of the error that came first."""
-    while error.__cause__ is not None:  # imageio speaks of a missing plugin, whatever it was
-        error = error.__cause__
-    words = str(error).splitlines() or [""]
-    return words[0] if type(error) is ValueError else f"{type(error).__name__}: {words[0]}"
+            deep_gray = found.dtype == np.uint16
+            pixels = image.read(index=0, mode=None if deep_gray else "RGBA", rotate=True)
+    except IMAGE_ERRORS as error:  # all that Pillow raises for one damage or another
+        first: BaseException = error
+        while first.__cause__ is not None:  # imageio speaks of a missing plugin, whatever it was
+            first = first.__cause__
+        words = (str(first).splitlines() or [""])[0]
+        reason = words if type(first) is ValueError else f"{type(first).__name__}: {words}"
+        raise ValueError(f"{path}: not a readable image ({reason})") from error
+    if deep_gray:
+        return torch.from_numpy((pixels >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
+    rgb = torch.empty(3, *pixels.shape[:2], dtype=torch.uint8)
+    for i, row in enumerate(pixels):  # row by row, as 16-bit copies of a large image would fill the memory
+        colour, alpha = np.split(row.astype(np.uint16), [3], axis=1)
+        rgb[:, i] = torch.from_numpy(((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8).T)
+    return rgb
 
 
 def frames_last(clip: Tensor) -> np.ndarray:
-    """uint8 [C,T,H,W] as the writers want it, [T,H,W,3]; a gray channel is repeated."""
+    """A uint8 clip [C,T,H,W] as the writers want it, [T,H,W,3]; a gray channel is repeated."""
     return clip.expand(3, -1, -1, -1).permute(1, 2, 3, 0).cpu().contiguous().numpy()
 
 
@@ -107,9 +92,6 @@ def save_mp4(
     """Write a uint8 clip [C,T,H,W] as H.264; a preview for eyes, since its colours are subsampled where sizes are even.
 
     Args:
-        path: the file; its folder must exist.
-        clip: uint8 [C,T,H,W].
-        fps: frames per second.
         crf: x264's constant rate factor, 0 (best) .. 51.
         preset: x264's, from "ultrafast" to "placebo": slower ones lose less at the same size.
         lossless: keep every bit, in RGB; larger, and not every player shows it.
@@ -135,31 +117,22 @@ def enlarge(frames: Tensor, size: int) -> Tensor:
 
 
 def contact_sheet(rows: Sequence[Tensor], observed: Sequence[bool]) -> Tensor:
-    """Clips as rows of bordered frames, with orange borders where the frame was given to the model.
-
-    Args:
-        rows: uint8 clips [C,T,H,W] of one shape, for instance truth, generated, truth, generated.
-        observed: per frame, whether it was given.
-
-    Returns: image, uint8 [3,H',W'].
-    """
-    lines = [torch.cat([framed(*pair) for pair in zip(clip.unbind(1), observed, strict=True)], dim=2) for clip in rows]
-    return torch.cat(lines, dim=1)
+    """Clips uint8 [C,T,H,W] of one shape as rows of bordered frames: one image, uint8 [3,H',W']."""
+    return torch.cat([torch.cat(bordered(clip, observed).unbind(1), dim=2) for clip in rows], dim=1)
 
 
 def side_by_side(clips: Sequence[Tensor], observed: Sequence[bool]) -> Tensor:
-    """Clips uint8 [C,T,H,W] of one shape beside each other in time, bordered as on sheets: uint8 [3,T,H',W']."""
-    moments = [[framed(clip[:, i], mark) for clip in clips] for i, mark in enumerate(observed)]
-    return torch.stack([torch.cat(moment, dim=2) for moment in moments], dim=1)
+    """Clips uint8 [C,T,H,W] of one shape beside each other in time, bordered: one clip, uint8 [3,T,H',W']."""
+    return torch.cat([bordered(clip, observed) for clip in clips], dim=3)
 
 
-def framed(frame: Tensor, observed: bool) -> Tensor:
-    """One frame, uint8 [C,H,W], enlarged and with the border that says whether it was given: uint8 [3,H',W']."""
-    tile = enlarge(frame.cpu().expand(3, -1, -1), frame.shape[-1])
-    border = torch.tensor(OBSERVED_COLOUR if observed else GENERATED_COLOUR, dtype=torch.uint8).view(3, 1, 1)
-    bordered = border.expand(3, tile.shape[1] + 6, tile.shape[2] + 6).clone()
-    bordered[:, 3:-3, 3:-3] = tile
-    return bordered
+def bordered(clip: Tensor, observed: Sequence[bool]) -> Tensor:
+    """A clip uint8 [C,T,H,W], enlarged, each frame with a border that says if it was given: uint8 [3,T,H',W']."""
+    tiles = enlarge(clip.cpu().expand(3, -1, -1, -1), clip.shape[-1])
+    colours = torch.tensor([OBSERVED_COLOUR if given else GENERATED_COLOUR for given in observed], dtype=torch.uint8)
+    frames = colours.T[:, :, None, None].repeat(1, 1, tiles.shape[2] + 6, tiles.shape[3] + 6)
+    frames[:, :, 3:-3, 3:-3] = tiles
+    return frames
 
 
 def observed_frames(num_frames: int, endpoint_context: int) -> list[bool]:
@@ -173,17 +146,12 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_write(path: str | Path, previous: Path | None = None) -> Iterator[BinaryIO]:
-    """A file whose bytes take the place of `path` once they are whole.
+    """Open a file whose bytes take the place of `path` once they are whole; what was there is kept at `previous`.
 
     They go to a temporary name in the same folder and are flushed to disk first, and the folder after them, so that
-    `path` is at any instant, a loss of power included, the previous or the next whole file; after an error it is
-    untouched.
-
-    Args:
-        path: the file to be.
-        previous: where the file that is at `path` now, if any, is kept.
+    `path` is at any instant, a loss of power included, the previous or the next whole file; errors leave it untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -201,7 +169,7 @@ def atomic_write(path: str | Path, previous: Path | None = None) -> Iterator[Bin
 
 
 def second_name(path: Path, other: Path) -> None:
-    """Let `other` be the file at `path`, too, in one instant; a copy where the file system has no links."""
+    """Make `other` a hard link to `path`, in one instant; a copy where the file system has no links."""
     temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -215,7 +183,7 @@ def second_name(path: Path, other: Path) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Put the folder's own entries on the disk, where the system can."""
+    """Flush a folder's own entries to disk, where the system can."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # Windows opens no folders
@@ -227,11 +195,9 @@ def fsync_dir(folder: Path) -> None:
 
 
 def remove_stale_temporaries(folder: Path, untouched: float = 0.0) -> None:
-    """Delete what processes that were killed left half written; those still running keep theirs.
+    """Delete the temporary files (.NAME.PROCESS.tmp) of killed processes, if not written to for `untouched` seconds.
 
-    Args:
-        folder: where files named .NAME.PROCESS.tmp may be.
-        untouched: seconds for which nobody wrote to a file, where processes of other machines write, too.
+    Processes of other machines cannot be seen: where they share the folder, `untouched` protects their files.
     """
     for path in folder.glob(".*.tmp"):
         process = path.name.split(".")[-2]
@@ -243,33 +209,27 @@ def is_running(process: int) -> bool:
     """Whether there is a process of that number on this machine."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # somebody else's
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # another error: it is somebody else's
     return True
 
 
 def save_training_curves(file: Path | BinaryIO, history: dict[str, Any], file_format: str = "png") -> bool:
-    """Plot losses and PSNR over steps; returns False, having done nothing, where matplotlib is not installed."""
+    """Plot losses and PSNR over steps; returns False, having done nothing, if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     loss, quality = figure.subplots(1, 2)
     loss.plot(*zip(*history["train"], strict=True), label="training", alpha=0.5)
-    epochs = history["epochs"]
-    if epochs:
-        steps = [entry["step"] for entry in epochs]
-        loss.plot(steps, [entry["val_loss"] for entry in epochs], "o-", label="validation (EMA)")
-        for key, label in (("psnr", "generated"), ("psnr_cross_fade", "cross-fade")):
-            shown = [(entry["step"], entry[key]) for entry in epochs if key in entry]
-            if shown:
-                quality.plot(*zip(*shown, strict=True), "o-", label=label)
-                quality.legend()
+    labels = {"val_loss": "validation (EMA)", "psnr": "generated", "psnr_cross_fade": "cross-fade"}
+    for key, label in labels.items():
+        axes = loss if key == "val_loss" else quality
+        shown = [(entry["step"], entry[key]) for entry in history["epochs"] if key in entry]
+        if shown:
+            axes.plot(*zip(*shown, strict=True), "o-", label=label)
+            axes.legend()
     loss.set(xlabel="step", ylabel="loss", yscale="log")
     loss.legend()
     quality.set(xlabel="step", ylabel="PSNR of the middle, dB")

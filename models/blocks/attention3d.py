@@ -1,9 +1,8 @@
 """Temporal attention as a residual unit."""
 
-import math
-
 from torch import Tensor, nn
 
+from models.modules.layers import group_norm, zero_module
 from models.modules.temporal_attention import TemporalAttention
 
 
@@ -12,15 +11,13 @@ class TemporalAttentionBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int = 4):
         super().__init__()
-        self.norm = nn.GroupNorm(math.gcd(32, channels), channels)
+        self.norm = group_norm(channels)
         self.attention = TemporalAttention(channels, heads)
-        self.proj = nn.Conv3d(channels, channels, 1)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        self.proj = zero_module(nn.Conv3d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,M,H,W] -> the same shape."""
         b, c, m, h, w = x.shape
-        tokens = self.norm(x).permute(0, 3, 4, 2, 1).reshape(b * h * w, m, c)  # [B*H*W, M, C]
+        tokens = self.norm(x).permute(0, 3, 4, 2, 1).reshape(b * h * w, m, c)  # [B*H*W,M,C]
         mixed = self.attention(tokens).reshape(b, h, w, m, c).permute(0, 4, 3, 1, 2)  # [B,C,M,H,W]
         return x + self.proj(mixed)

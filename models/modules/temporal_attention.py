@@ -1,4 +1,4 @@
-"""Multi-head self-attention over the frames of one pixel, and the sinusoids that tell frames and timesteps apart."""
+"""Multi-head self-attention over the frames of one pixel, and the sinusoidal embedding of frames and timesteps."""
 
 import math
 
@@ -7,14 +7,9 @@ from torch import Tensor, nn
 
 
 def sinusoidal_embedding(position: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sines and cosines of `position` at geometrically spaced frequencies.
+    """Sines, then cosines, of `position` ([N], any real numbers) at geometric frequencies: [N, width] float32.
 
-    Args:
-        position: [N], any real numbers.
-        width: channels of the result; an odd one ends in a zero.
-        max_period: longest wavelength, in units of 2*pi positions.
-
-    Returns: [N, width] float32.
+    Wavelengths rise from 2*pi to 2*pi * max_period; an odd width ends in a zero.
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
     """
     half = width // 2
@@ -25,13 +20,11 @@ def sinusoidal_embedding(position: Tensor, width: int, max_period: float = 10_00
 
 
 class TemporalAttention(nn.Module):
-    """Self-attention with a fused qkv projection and an output projection over tokens [N,M,C].
+    """Multi-head self-attention over the M frames of tokens [N,M,C]; ValueError unless heads divide channels.
 
-    The attention is written as two matrix products: with a handful of frames and tens of thousands of rows it is the
-    faster form in training (benchmarks/LOG.md), and CUDA's fused kernels refuse more than 65,535 rows (pytorch
+    Scaled dot-product attention is written as two matrix products: with a handful of frames and tens of thousands of
+    rows that is faster in training (benchmarks/LOG.md), and CUDA's fused kernels refuse more than 65,535 rows (pytorch
     issue 142228).
-
-    Raises: ValueError: if the channels do not divide into the heads.
     """
 
     def __init__(self, channels: int, heads: int = 4):
@@ -43,17 +36,11 @@ class TemporalAttention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mix each row's frames: tokens [N,M,C] -> [N,M,C]; frame positions are added to the input."""
+        """[N,M,C] -> [N,M,C]; frame positions are added to the input."""
         n, m, c = tokens.shape
-        frame_position = sinusoidal_embedding(torch.arange(m, device=tokens.device), c)
-        tokens = tokens + frame_position.to(tokens.dtype)
-        qkv = self.qkv(tokens).view(n, m, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, M, C / heads]
-        mixed = self.attend(q, k, v).transpose(1, 2).reshape(n, m, c)
-        return self.out(mixed)
-
-    @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v, each [N, heads, M, d]."""
-        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)  # [N, heads, M, M]
-        return weights.to(v.dtype) @ v
+        frame_position = sinusoidal_embedding(torch.arange(m, device=tokens.device), c)  # [M,C]
+        qkv = self.qkv(tokens + frame_position.to(tokens.dtype))  # [N,M,3C]
+        q, k, v = qkv.view(n, m, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # each [N,heads,M,C/heads]
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)  # [N,heads,M,M]
+        mixed = weights.to(v.dtype) @ v  # [N,heads,M,C/heads]
+        return self.out(mixed.transpose(1, 2).reshape(n, m, c))
