@@ -83,7 +83,7 @@ def build_parser() -> Parser:
     add("--resume", action="store_true", help="go on from last.pt in --out_dir; flags given override its arguments")
     add("--preset", choices=sorted(TRAIN_PRESETS), help="values of flags not given; demo: five CPU minutes")
     add("--dry_run", action="store_true", help="two steps, validation, preview and save, in --out_dir/dry_run")
-    add("--seed", type=integer_up_to(2**63 - 1, 0), default=42, help="seed of split, weights, windows and noise")
+    add("--seed", type=flags.seed_int, default=42, help="seed of split, weights, windows and noise")
     add("--device", type=flags.device_name, default="auto", help="auto = cuda where there is one, then mps, then cpu")
 
     add = parser.add_argument_group("data").add_argument
@@ -119,7 +119,8 @@ def build_parser() -> Parser:
     temporal = "weight of the L1 between predicted and true frame differences; 0 = none"
     add("--temporal_loss_weight", type=non_negative_float, default=0.05, help=temporal)
     offset = "deviation of a constant added to the noise per clip and channel; 0 = none"
-    add("--noise_offset", type=non_negative_float, default=0.0, help=offset)
+    up_to_100 = flags.ranged(float, "a number in [0, 100]", lambda value: 0 <= value <= 100)
+    add("--noise_offset", type=up_to_100, default=0.0, help=offset)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=integer_up_to(4096), default=8, help="clips per forward of each process; lower it on OOM")
@@ -393,7 +394,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         checkpointer = Checkpointer(out_dir, last_is_whole, contents, probe, args.save_every, args.save_minutes)
     logger.log_run(vars(args))
 
-    stop, stopped_by = StopRequest(), 0
+    stop, stopped_by, saved = StopRequest(), 0, source
     try:
         while not (state.finished or stopped_by):
             train_step(state, schedule, batches, args, amp_dtype)
@@ -427,11 +428,11 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
             # signal may come to this one only now.
             if epoch_ends or due or stopped_by:
                 state.history["sums"] = state.metrics.read()  # in every process, so that a lost run ends in all of them
-                checkpointer.save_last(state)
+                if checkpointer.save_last(state) is not False:
+                    saved = out_dir / "last.pt"
                 logger.restart_clock()
     except FloatingPointError as error:
-        kept = out_dir / "last.pt"
-        good = f"the last good checkpoint is {kept}" if kept.is_file() else "no checkpoint was saved yet"
+        good = f"the last good checkpoint is {saved}" if saved and saved.is_file() else "no checkpoint was saved yet"
         raise FloatingPointError(f"after step {state.step}: {error}; {good}") from error
     finally:
         logger.close()

@@ -7,9 +7,11 @@ encoding both contexts anew, convolutions in torch's default memory layout. At g
 On a GPU it samples in float32, as the original does, and ours under bf16 autocast. Scores are taken in float32.
 """
 
+import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +19,44 @@ if __package__ in (None, ""):  # run as a file: Python then looks beside it only
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.measure import Variant, add_common_flags, compare, interleave, print_rows, save_findings
-from data.kinetics_video_dataset import (
-    DecodedFrames,
-    VideoClipDataset,
-    collate,
-    data_as_trained,
-    split_as_trained,
-    usable_videos,
-)
+from benchmarks import measure
+from data.video_index import data_as_trained, split_as_trained, usable_videos
 from diffusion.noise import SAMPLE, generator_for
-from diffusion.sampler import PRESETS, describe_settings, forwards_per_clip, sample_middle
-from diffusion.schedule import DiffusionSchedule
+from diffusion.pipeline import SAMPLER_PRESETS, MiddleFramePipeline, describe_settings, forwards_per_clip
+from evaluation.evaluator import ClipReader
 from evaluation.metrics import HIGHER_IS_BETTER, Scorer, missing_for
 from evaluation.results import estimate
-from models.video_unet3d import VideoUNet3D, build_model
-from utils.checkpoint import load_checkpoint, load_weights
-from utils.flags import Parser, non_negative_int, nonempty_path, positive_int, resolve_device
-from utils.io import save_mp4
+from models.video_unet3d import VideoUNet3D
+from utils.flags import Parser, non_negative_int, nonempty_path, positive_int
 from utils.video_utils import split_clip, to_float
 
-UNGUIDED = {"guidance_scale": 1.0}
-REFERENCE = "reference: " + describe_settings(PRESETS["reference"])
+FAST, SLOW = SAMPLER_PRESETS["fast"], SAMPLER_PRESETS["reference"]
+UNGUIDED = SLOW | {"guidance_scale": 1.0}
+REFERENCE = "reference: " + describe_settings(SLOW)
 REFERENCE_UNGUIDED = "reference at guidance 1"
 OURS_UNGUIDED = "ours at guidance 1, as many steps (times the reference at guidance 1)"
 METRICS = {"psnr": "psnr", "ssim": "ssim", "temporal": "temporal_l1"}  # metric: the score it gives
+Way = tuple[MiddleFramePipeline, Mapping[str, Any]]  # of sampling: a network, and settings
 
 
 def build_parser() -> Parser:
     """Every flag with its default."""
     parser = Parser(__doc__)
-    group = parser.add_argument_group("model and clips")
-    group.add_argument("--ckpt", required=True, help="checkpoint of train_video_ddpm.py: last.pt or best.pt")
-    group.add_argument(
-        "--data_root", type=nonempty_path, help="folder of MP4 files; None = the checkpoint's own held-out clips"
-    )
-    group.add_argument("--cache_dir", type=nonempty_path, help="folder for the file index; None = as in training")
-    group.add_argument(
-        "--batch_sizes", type=positive_int, nargs="+", default=[1, 8], help="clips at once; a table for each"
-    )
-    group.add_argument(
-        "--quality_clips", type=non_negative_int, default=32,
-        help="clips on which the default and the reference are scored; 0 = none",
-    )  # fmt: skip
-    group.add_argument("--compile", action="store_true", help="time torch.compile of the default, too")
-    add_common_flags(parser, rounds=5)
+    add = parser.add_argument_group("model and clips").add_argument
+    add("--ckpt", required=True, help="checkpoint of train_video_ddpm.py: last.pt or best.pt")
+    add("--data_root", type=nonempty_path, help="folder of MP4 files; None = the checkpoint's own held-out clips")
+    add("--cache_dir", type=nonempty_path, help="folder for the file index; None = as in training")
+    add("--batch_sizes", type=positive_int, nargs="+", default=[1, 8], help="clips at once; a table for each")
+    add("--quality_clips", type=non_negative_int, default=32, help="clips to score default and reference on; 0 = none")
+    add("--compile", action="store_true", help="time torch.compile of the default, too")
+    measure.add_common_flags(parser, rounds=5)
     return parser
 
 
-class OriginalWay:
-    """A Denoiser that does what the original does: both branches at every step, apart, each with its own encoding.
+class OriginalWay(nn.Module):
+    """A network sampled as the original does: both branches at every step, apart, each with its own encoding.
 
     Args:
         model: whose weights are used, in torch's default memory layout.
@@ -76,7 +64,9 @@ class OriginalWay:
     """
 
     def __init__(self, model: VideoUNet3D, guided: bool):
-        self.model = copy.deepcopy(model).lay_out(channels_last=False)
+        super().__init__()
+        self.model = copy.deepcopy(model).set_memory_format(channels_last=False)
+        self.endpoint_context = model.endpoint_context
         self.guided = guided
 
     def encode_contexts(self, start_context: Tensor, end_context: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,139 +87,98 @@ class OriginalWay:
         return self.model.denoise(x_t, t, self.model.encode_contexts(start, end))
 
 
-def load_clips(args: Any, checkpoint: dict[str, Any], count: int) -> Tensor:
+def load_clips(args: argparse.Namespace, pipe: MiddleFramePipeline, count: int) -> Tensor:
     """Central windows of so many clips, or of all if there are fewer, uint8 [B,C,T,size,size].
 
     Raises: ValueError: if one cannot be read.
     """
-    clip = checkpoint["clip_config"]
-    span = (clip["num_frames"] - 1) * clip["frame_stride"] + 1
+    trained, reader = pipe.trained["args"], ClipReader(**pipe.clip_config, window="central", seed=0)
     if args.data_root:
-        videos = usable_videos(args.data_root, span, args.cache_dir or "outputs/cache", count)
+        videos = usable_videos(args.data_root, reader.needed, args.cache_dir or "outputs/cache", count)
     else:
-        root, cache_dir = data_as_trained(checkpoint, None, args.cache_dir, save_mp4)
-        videos = split_as_trained(checkpoint, root, cache_dir)[1][:count]
-    source = DecodedFrames(clip["size"], clip["color_mode"])
-    windows = {"num_frames": clip["num_frames"], "frame_stride": clip["frame_stride"]}
-    dataset = VideoClipDataset(videos, source, **windows, seed=0, random_window=False)
-    clips, failures, _ = collate([dataset[0, i] for i in range(len(videos))])
-    if failures:
-        raise ValueError(f"--data_root: could not read {failures[0]}")
-    return clips
+        root, cache_dir = data_as_trained(trained, None, args.cache_dir)
+        videos = split_as_trained(trained, pipe.clip_config, root, cache_dir)[1][:count]
+    clips = []
+    for i, video in enumerate(videos):
+        clips.append(reader.read(video, reader.identify(video, i)["first_frame"]))
+        if isinstance(clips[-1], str):
+            raise ValueError(f"--data_root: could not read {video.name} ({clips[-1]})")
+    return torch.stack(clips)
 
 
-def sampling(
-    model: Any, schedule: DiffusionSchedule, clips: Tensor, k: int, settings: dict[str, Any], amp: bool, first: int = 0
-) -> Callable[[], Tensor]:
-    """A function that generates the middles of float clips [B,C,T,H,W] from fixed noise, that of clip `first` on."""
-    start, middle, end = split_clip(clips, k)
-
-    def run() -> Tensor:
-        generators = [generator_for(0, SAMPLE, first + i) for i in range(len(clips))]
-        with torch.autocast(clips.device.type, torch.bfloat16, enabled=amp):
-            return sample_middle(
-                model, schedule, start, end, num_middle=middle.shape[2], generator=generators, **settings
-            )
-
-    return run
+def sample(way: Way, clips: Tensor, first: int = 0) -> Tensor:
+    """Middles of float clips [B,C,T,H,W] from fixed noise, that of clip `first` and those after it."""
+    pipe, settings = way
+    start, middle, end = split_clip(clips, pipe.endpoint_context)
+    generators = [generator_for(0, SAMPLE, first + i) for i in range(len(clips))]
+    return pipe(start, end, num_middle=middle.shape[2], generator=generators, **settings)
 
 
-def score(
-    generate: Callable[[Tensor, int], Tensor], clips: Tensor, k: int, metrics: Sequence[str]
-) -> dict[str, list[float]]:
-    """Per-clip scores of what `generate` makes of a batch of eight and the number of its first clip."""
+def compare_quality(reference: Way, ours: Way, clips: Tensor) -> dict[str, Any]:
+    """Means of every score, and the difference paired over clips with its 95 % bootstrap interval."""
+    metrics = [name for name in METRICS if not missing_for(name, clips.shape[-1])]
     scorer = Scorer(metrics, published=False, device=clips.device)
-    found: dict[str, list[float]] = {METRICS[name]: [] for name in metrics}
+    lines: tuple[list, list] = ([], [])  # of both ways, a dict of scores per clip
     for first in range(0, len(clips), 8):
         batch = clips[first : first + 8]
-        start, middle, end = split_clip(batch, k)
-        for line in scorer(generate(batch, first), middle, start, end):
-            for name, values in found.items():
-                values.append(line[name])
-    return found
-
-
-def print_quality(reference: dict[str, list[float]], ours: dict[str, list[float]], clips: int) -> dict[str, Any]:
-    """Means of both and their difference paired over clips, with its 95 % bootstrap interval."""
-    print(f"\nquality on {clips} clips; differences are paired, with their 95 % bootstrap interval\n")
+        start, middle, end = split_clip(batch, ours[0].endpoint_context)
+        for found, way in zip(lines, (reference, ours), strict=True):
+            found += scorer(sample(way, batch, first), middle, start, end)
+    print(f"\nquality on {len(clips)} clips; differences are paired, with their 95 % bootstrap interval\n")
     print("| score | reference | default | difference |\n|---|---|---|---|")
     rows = {}
-    for name in ours:
-        sign = "" if name in HIGHER_IS_BETTER else " (lower is better)"
-        difference = estimate([b - a for a, b in zip(reference[name], ours[name], strict=True)])
-        means = [estimate(values).mean for values in (reference[name], ours[name])]
+    for name in (METRICS[metric] for metric in metrics):
+        values = [[line[name] for line in found] for found in lines]
+        means = [estimate(of_way).mean for of_way in values]
+        difference = estimate([b - a for a, b in zip(*values, strict=True)])
         rows[name] = {"reference": means[0], "default": means[1], "difference": difference._asdict()}
-        print(
-            f"| {name}{sign} | {means[0]:.4f} | {means[1]:.4f} | "
-            f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] |"
-        )
+        sign = "" if name in HIGHER_IS_BETTER else " (lower is better)"
+        interval = f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+        print(f"| {name}{sign} | {means[0]:.4f} | {means[1]:.4f} | {interval} |")
     return rows
 
 
 @torch.no_grad()
-def benchmark(args: Any) -> None:
-    """From flags to tables.
-
-    Raises: ValueError: for what the user can mend.
-    """
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = resolve_device(args.device)
-    checkpoint = load_checkpoint(args.ckpt)
-    diffusion, k = checkpoint["diffusion_config"], checkpoint["model_config"]["endpoint_context"]
-    schedule = DiffusionSchedule(diffusion["timesteps"], diffusion["schedule"]).to(device)
-    model = build_model(checkpoint["model_config"])
-    load_weights(model, checkpoint["ema"], args.ckpt)
-    model = model.to(device).lay_out().eval()
-    amp = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    original, unguided = OriginalWay(model, guided=True), OriginalWay(model, guided=False)
-    reference = PRESETS["reference"]
-    ways = [
-        (REFERENCE, original, reference),
-        ("ours, as many steps", model, reference),
-        (REFERENCE_UNGUIDED, unguided, reference | UNGUIDED),
-        (OURS_UNGUIDED, model, reference | UNGUIDED),
-        ("ours, default: " + describe_settings(PRESETS["fast"]), model, PRESETS["fast"]),
-    ]
+def benchmark(args: argparse.Namespace) -> None:
+    """From flags to tables."""
+    pipe = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device)
+    clips = to_float(load_clips(args, pipe, max(*args.batch_sizes, args.quality_clips))).to(pipe.device)
+    rest = (pipe.schedule, pipe.clip_config, pipe.noise_offset)  # and no autocast
+    original, unguided = (MiddleFramePipeline(OriginalWay(pipe.model, guided), *rest) for guided in (True, False))
+    ways = {
+        REFERENCE: (original, SLOW),
+        "ours, as many steps": (pipe, SLOW),
+        REFERENCE_UNGUIDED: (unguided, UNGUIDED),
+        OURS_UNGUIDED: (pipe, UNGUIDED),
+        "ours, default: " + describe_settings(FAST): (pipe, FAST),
+    }
     if args.compile:
-        compiled = copy.deepcopy(model).compile_for_sampling()
-        ways.append(("ours, default, compiled", compiled, PRESETS["fast"]))
-    clips = to_float(load_clips(args, checkpoint, max(*args.batch_sizes, args.quality_clips))).to(device)
+        compiled = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device, compile=True)
+        ways["ours, default, compiled"] = (compiled, FAST)
 
-    findings: dict[str, Any] = {"nfe": {name: forwards_per_clip(schedule.timesteps, s) for name, s in PRESETS.items()}}
+    # Time every way at every batch size.
+    nfe = {name: forwards_per_clip(pipe.schedule.timesteps, settings) for name, settings in SAMPLER_PRESETS.items()}
+    results: dict[str, Any] = {"nfe": nfe}
     for size in args.batch_sizes:
         batch = clips[torch.arange(size) % len(clips)]  # for the clock, clips may repeat
-        variants = [
-            Variant(name, sampling(net, schedule, batch, k, s, amp and not isinstance(net, OriginalWay)), size)
-            for name, net, s in ways
-        ]
-        timings = interleave(variants, args.rounds, device)
-        versus_unguided = {row["variant"]: row for row in compare(timings, REFERENCE_UNGUIDED)}
-        rows = [
-            versus_unguided[row["variant"]] if row["variant"] in (REFERENCE_UNGUIDED, OURS_UNGUIDED) else row
-            for row in compare(timings, REFERENCE)
-        ]
-        print_rows(f"{size} clip{'s' * (size > 1)} at once, {device}, {torch.get_num_threads()} threads", rows)
-        findings[f"batch {size}"] = rows
-    clips = clips[: args.quality_clips]
-    if len(clips):
-        metrics = [name for name in METRICS if not missing_for(name, clips.shape[-1])]
-        found = [
-            score(lambda batch, i, n=net, s=s: sampling(n, schedule, batch, k, s, False, i)(), clips, k, metrics)
-            for net, s in ((original, reference), (model, PRESETS["fast"]))
-        ]
-        findings["quality"] = print_quality(*found, len(clips))
-    save_findings(args.out_dir, "sampling", device, findings)
+        variants = {name: partial(sample, way, batch) for name, way in ways.items()}
+        timings = measure.interleave(variants, size, args.rounds, pipe.device)
+        at_1 = {row["variant"]: row for row in measure.compare(timings, REFERENCE_UNGUIDED)}
+        rows = measure.compare(timings, REFERENCE)
+        rows = [at_1[row["variant"]] if "at guidance 1" in row["variant"] else row for row in rows]
+        threads = torch.get_num_threads()
+        measure.print_rows(f"{size} clip{'s' * (size > 1)} at once, {pipe.device}, {threads} threads", rows)
+        results[f"batch {size}"] = rows
+
+    in_float32 = MiddleFramePipeline(pipe.model, *rest)
+    if args.quality_clips:
+        results["quality"] = compare_quality((original, SLOW), (in_float32, FAST), clips[: args.quality_clips])
+    measure.save_results(args.out_dir, "sampling", pipe.device, results)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = build_parser()
-    try:
-        benchmark(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return 0
+    return measure.run_benchmark(build_parser(), benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,20 @@
 """Timing variants in turn, so that a machine whose speed drifts slows them all alike, and saying what came out."""
 
+import argparse
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from utils.records import describe_machine
 
+from utils.device import describe_machine
 from utils.flags import Parser, device_name, non_negative_int, nonempty_path, positive_int
 from utils.io import save_json
-
-
-class Variant(NamedTuple):
-    """One way of doing the work: what it is called, one run of it, and how many clips a run yields."""
-
-    name: str
-    run: Callable[[], Any]
-    clips: int
 
 
 class Timing(NamedTuple):
@@ -33,43 +27,52 @@ class Timing(NamedTuple):
 
 def add_common_flags(parser: Parser, rounds: int) -> None:
     """--rounds, --device, --threads and --out_dir, which every benchmark has."""
-    group = parser.add_argument_group("measurement")
-    group.add_argument("--rounds", type=positive_int, default=rounds, help="timed runs of each variant, in turn")
-    group.add_argument("--device", type=device_name, default="auto", help="auto = cuda where there is one, else cpu")
-    group.add_argument("--threads", type=non_negative_int, default=0, help="of torch on the CPU; 0 = its own choice")
-    group.add_argument("--out_dir", type=nonempty_path, default="outputs/benchmarks", help="folder for the JSON file")
+    add = parser.add_argument_group("measurement").add_argument
+    add("--rounds", type=positive_int, default=rounds, help="timed runs of each variant, in turn")
+    add("--device", type=device_name, default="auto", help="auto = cuda where there is one, then mps, then cpu")
+    add("--threads", type=non_negative_int, default=0, help="threads of torch on the CPU; 0 = its own choice")
+    add("--out_dir", type=nonempty_path, default="outputs/benchmarks", help="folder for the JSON file")
+
+
+def run_benchmark(parser: Parser, benchmark: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
+    """Parse flags and run; what the user can mend is one line. Returns the exit status."""
+    args = parser.parse_args(argv)
+    try:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        benchmark(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock seconds of one run; on a GPU between two events of its own clock, when it has done all before."""
-    if device.type != "cuda":
-        clock = time.perf_counter()
-        run()
-        return time.perf_counter() - clock
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    begin.record()
+    """Wall-clock seconds of one run, up to the end of what it asked of the device."""
+    wait = (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    wait()
+    clock = time.perf_counter()
     run()
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1000
+    wait()
+    return time.perf_counter() - clock
 
 
-def interleave(variants: Sequence[Variant], rounds: int, device: torch.device) -> list[Timing]:
-    """Each variant once to warm up, then `rounds` times one after another: A B C, A B C, ..."""
-    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+def interleave(
+    variants: Mapping[str, Callable[[], Any]], clips: int, rounds: int, device: torch.device
+) -> list[Timing]:
+    """Each variant, which works on so many clips, once to warm up, then in turn: A B C, A B C, ..."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, float] = {}
     for number in range(rounds + 1):
-        for variant in variants:
+        for name, run in variants.items():
             rest = 0
             if device.type == "cuda":  # other variants' weights lie there, too
                 torch.cuda.reset_peak_memory_stats(device)
                 rest = torch.cuda.memory_allocated(device)
-            taken = seconds_of(variant.run, device) / variant.clips
+            taken = seconds_of(run, device) / clips
             if number:
-                seconds[variant.name].append(taken)
+                seconds[name].append(taken)
             if device.type == "cuda":
-                peaks[variant.name] = (torch.cuda.max_memory_allocated(device) - rest) / 2**20
+                peaks[name] = (torch.cuda.max_memory_allocated(device) - rest) / 2**20
     return [Timing(name, values, peaks.get(name)) for name, values in seconds.items()]
 
 
@@ -83,13 +86,9 @@ def compare(timings: Sequence[Timing], reference: str) -> list[dict[str, Any]]:
     for timing in timings:
         ratios = [slow / fast for slow, fast in zip(base.seconds, timing.seconds, strict=True)]
         median = statistics.median(timing.seconds)
-        rows.append(
-            {
-                "variant": timing.name, "seconds_per_clip": median, "clips_per_second": 1 / median,
-                "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
-                "peak_mib": timing.peak_mib,
-            }
-        )  # fmt: skip
+        row = {"variant": timing.name, "seconds_per_clip": median, "clips_per_second": 1 / median}
+        row |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+        rows.append(row | {"peak_mib": timing.peak_mib})
     return rows
 
 
@@ -112,16 +111,13 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
         print(f"| {row['variant']} | {speed} | {ratio} |{peak}", flush=True)
 
 
-def save_findings(out_dir: str, name: str, device: torch.device, findings: dict[str, Any]) -> None:
-    """Write OUT_DIR/NAME.json: the command, the machine and everything measured.
-
-    Raises: ValueError: if the folder cannot be made.
-    """
+def save_results(out_dir: str, name: str, device: torch.device, results: dict[str, Any]) -> None:
+    """Write OUT_DIR/NAME.json: the command, the machine and everything measured."""
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out_dir {out_dir}: cannot be made ({error.strerror})") from error
     machine = describe_machine(device) | {"torch_threads": torch.get_num_threads()}
-    save_json(folder / f"{name}.json", {"command": shlex.join(sys.argv), "machine": machine, **findings})
+    save_json(folder / f"{name}.json", {"command": shlex.join(sys.argv), "machine": machine, **results})
     print(f"\n{folder / f'{name}.json'}")

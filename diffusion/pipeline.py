@@ -111,11 +111,13 @@ class MiddleFramePipeline:
         """K observed frames of one end as the network takes them, float [B,C,K,H,W] in [-1, 1] on its device.
 
         A tensor [B,C,K,H,W] or [C,K,H,W] (float in [-1, 1], or uint8) is taken as it is; anything else goes through
-        `load_frames`, where None is the size of training.
+        `load_frames`, where None is the size of training. ValueError naming what is wrong with the frames.
         """
+        if isinstance(frames, Tensor) and not (frames.is_floating_point() or frames.dtype == torch.uint8):
+            raise ValueError(f"frames must be float in [-1, 1] or uint8 (got {frames.dtype})")
         if not isinstance(frames, Tensor):
             frames = load_frames(frames, size or self.clip_config["size"], self.clip_config["color_mode"])
-        frames = to_float(frames) if frames.dtype == torch.uint8 else frames
+        frames = to_float(frames) if frames.dtype == torch.uint8 else frames.float()
         return (frames[None] if frames.dim() == 4 else frames).to(self.device)
 
     def __call__(
@@ -138,8 +140,10 @@ class MiddleFramePipeline:
             generator: one for all, or one per clip and sample; None = torch's global one.
             settings: of `sampler_settings`, such as preset, steps or guidance_scale; ValueError if out of range.
         """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1 (got {num_samples})")
         contexts = [self.context(frames).repeat_interleave(num_samples, dim=0) for frames in (start, end)]
-        m = num_middle or middle_length(self.clip_config["num_frames"], self.endpoint_context)
+        m = middle_length(self.clip_config["num_frames"], self.endpoint_context) if num_middle is None else num_middle
         draw = {"noise_offset": self.noise_offset, "generator": generator, "callback": callback}
         settings = sampler_settings(**settings)
         with autocast(self.device, self.amp_dtype):
@@ -151,6 +155,8 @@ def load_frames(frames: Sequence[Any], size: int, color_mode: str) -> Tensor:
 
     Each is a path, a PIL image or an array uint8 [H,W] or [H,W,3]; ValueError if it is anything else.
     """
+    if isinstance(frames, (str, Path)) or not len(frames):
+        raise ValueError(f"frames must be a sequence of K images (got {frames!r})")
     pictures = []
     for frame in frames:
         if isinstance(frame, (str, Path)):
@@ -174,8 +180,10 @@ def sampler_settings(preset: str | None = None, **given: Any) -> dict[str, Any]:
     Without a preset it is "fast", or "reference" where any setting of a preset is given.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    in_preset = any(name in given for name in SETTINGS)
-    return SAMPLER_PRESETS[preset or ("reference" if in_preset else "fast")] | given
+    chosen = preset or ("reference" if any(name in given for name in SETTINGS) else "fast")
+    if chosen not in SAMPLER_PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(SAMPLER_PRESETS)} (got {chosen})")
+    return SAMPLER_PRESETS[chosen] | given
 
 
 def settings_grid(flags: Mapping[str, Any]) -> list[dict[str, Any]]:

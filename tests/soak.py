@@ -315,7 +315,7 @@ def start_training(folder, out_dir, *flags):
         words.append("--resume")
     else:
         words += ["--data_root", folder / "clips", "--cache_dir", folder / "cache", *TINY_FLAGS, "--epochs", "99"]
-        words += ["--vis_every", "0", "--log_every", "1", *flags]
+        words += ["--vis_every", "0", "--log_every", "1", "--ema_update_after_step", "3", *flags]
     return start(list(map(str, words)), out_dir.with_suffix(".log"))
 
 

@@ -216,9 +216,6 @@ def test_inputs_that_do_not_fit_are_refused():
             model(*wrong)
 
 
-# --- forms of the same function ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_a_single_small_clip_is_convolved_to_the_same_frames_and_gradients(frames, monkeypatch):
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from diffusion.noise import SAMPLE, generator_for
 from diffusion.pipeline import SAMPLER_PRESETS, MiddleFramePipeline
 from diffusion.sampler import sample_middle
 from sample_video_ddpm import main
+from utils.checkpoint import load_checkpoint
 from utils.io import read_image
 from utils.video_utils import resize_and_crop, to_float, to_uint8
 
@@ -28,9 +29,9 @@ def images(tmp_path, request):
     return paths
 
 
-def contexts(clips=1, seed=0):
+def contexts(clips=1):
     """Start and end, float [B,3,2,16,16], random."""
-    return (torch.rand(clips, 3, 4, 16, 16, generator=generator_for(seed)) * 2 - 1).split(2, dim=2)
+    return (torch.rand(clips, 3, 4, 16, 16, generator=generator_for(0)) * 2 - 1).split(2, dim=2)
 
 
 def generators(count, seed=0, clip=0):
@@ -55,9 +56,8 @@ def test_samples_of_a_clip_differ_and_stand_beside_each_other(pipe):
     middles = pipe(start, end, num_samples=3, steps=2, generator=keyed)
     assert middles.shape == (6, 3, 4, 16, 16)
     for clip, samples in enumerate(middles.split(3)):
-        of_clip = start[clip], end[clip]
         assert all((samples[i] - samples[j]).abs().max() > 0.02 for i, j in ((0, 1), (0, 2), (1, 2)))
-        alone = pipe(*of_clip, num_samples=3, steps=2, generator=generators(3, clip=clip))
+        alone = pipe(start[clip], end[clip], num_samples=3, steps=2, generator=generators(3, clip=clip))
         assert alone.shape == (3, 3, 4, 16, 16)
         # convolutions of another batch size may round differently
         torch.testing.assert_close(alone, samples, rtol=1e-4, atol=1e-4)
@@ -80,27 +80,31 @@ def test_the_number_of_middle_frames_may_differ_from_training(pipe):
 
 
 def test_any_setting_follows_the_reference_preset_and_none_the_fast_one(pipe):
-    def draw(**settings):
-        settings["generator"] = generators(1)
-        return pipe(*contexts(), **settings)
-
-    def expected(**settings):
-        draw = {"num_middle": 4, "generator": generators(1), **settings}
-        return sample_middle(pipe.model, pipe.schedule, *contexts(), **draw)
+    def same(given, expected, pipe=pipe):
+        draw = {"num_middle": 4, "generator": generators(1), **expected}
+        drawn = sample_middle(pipe.model, pipe.schedule, *contexts(), **draw)
+        return torch.equal(drawn, pipe(*contexts(), generator=generators(1), **given))
 
     fast, reference = SAMPLER_PRESETS["fast"], SAMPLER_PRESETS["reference"]
-    assert torch.equal(draw(), expected(**fast)) and torch.equal(draw(clip_x0=False), expected(**fast, clip_x0=False))
-    for changed in ({"steps": 3}, {"steps": 3, "spacing": "quadratic"}, {"steps": 4, "guidance_scale": 1.0}):
-        assert torch.equal(draw(**changed), expected(**reference | changed))
-    assert torch.equal(draw(preset="fast", steps=3), expected(**fast | {"steps": 3}))
-    assert not torch.equal(draw(preset="fast", steps=3), draw(steps=3))
+    for given in ({}, {"clip_x0": False}):
+        assert same(given, fast | given) and not same(given, reference | given)
+    for given in ({"steps": 3}, {"steps": 3, "spacing": "quadratic"}, {"steps": 4, "guidance_scale": 1.0}):
+        assert same(given, reference | given) and not same(given, fast | given)
+        assert same({"preset": "fast"} | given, fast | given)
     pipe = MiddleFramePipeline(pipe.model, pipe.schedule, pipe.clip_config, noise_offset=0.5)
-    assert torch.equal(draw(), expected(**fast, noise_offset=0.5))  # that of training
+    assert same({}, fast | {"noise_offset": 0.5}, pipe) and not same({}, fast, pipe)  # that of training
 
 
-def test_a_size_of_its_own_fits_images_and_a_checkpoint_that_is_none_is_named(pipe, images, tmp_path):
+def test_images_fit_another_size_than_in_training(pipe, images):
     start, end = (pipe.context(paths, size=24) for paths in (images[:2], images[2:]))
     assert start.shape == (1, 3, 2, 24, 24) and pipe(start, end, steps=1).shape == (1, 3, 4, 24, 24)
+
+
+def test_weights_are_the_ema_unless_the_raw_ones_are_asked_for(ckpt, tmp_path):
+    for raw, name in ((False, "ema"), (True, "model")):
+        model = MiddleFramePipeline.from_checkpoint(ckpt, "cpu", use_raw_model=raw).model
+        weights = load_checkpoint(ckpt)[name]
+        assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match=r"no\.pt: no such checkpoint"):
         MiddleFramePipeline.from_checkpoint(tmp_path / "no.pt")
 

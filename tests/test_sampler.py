@@ -236,9 +236,8 @@ def test_outside_the_guidance_interval_one_branch_runs_with_the_result_of_scale_
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_a_clip_does_not_depend_on_its_batch(eta):
     start, end = contexts(4)
-    run = lambda rows, generator: sample(  # noqa: E731
-        ends=(start[rows], end[rows]), num_middle=3, steps=5, eta=eta, generator=generator
-    )[0]
+    settings = {"num_middle": 3, "steps": 5, "eta": eta}
+    run = lambda rows, noise: sample(ends=(start[rows], end[rows]), generator=noise, **settings)[0]  # noqa: E731
     together = run([0, 1, 2, 3], generators(10, 11, 12, 13))
     for i in range(4):
         # convolutions of another batch size may round differently
@@ -261,9 +260,8 @@ def test_clipping_bounds_every_prediction_and_re_derives_eps():
         assert now["x0_hat"].abs().max() <= 1
         # at eta 0 the next x_t is the noised x0_hat with the very eps that leads from x0_hat to this x_t
         eps = SCHEDULE.eps_from_x0(now["x_t"], now["x0_hat"], now["t"])
-        torch.testing.assert_close(
-            after["x_t"], SCHEDULE.add_noise(now["x0_hat"], eps, after["t"]), rtol=1e-4, atol=1e-4
-        )
+        expected = SCHEDULE.add_noise(now["x0_hat"], eps, after["t"])
+        torch.testing.assert_close(after["x_t"], expected, rtol=1e-4, atol=1e-4)
     free, _ = sample(Wild(), steps=5, clip_x0=False)
     assert free.abs().max() > 1
 

@@ -29,7 +29,7 @@ class Checkpointer:
     every_steps: int = 0  # steps between saves of last.pt; 0 = none
     every_minutes: float = 0.0  # likewise
     failure: OSError | FloatingPointError | None = None  # of the newest attempt at last.pt
-    tried_at: float = field(default_factory=time.monotonic)
+    tried_at: float = field(default_factory=lambda: time.monotonic())  # of the newest attempt
 
     def due(self, step: int) -> bool:
         """Whether a save is due after this step."""
@@ -45,11 +45,12 @@ class Checkpointer:
             if self._save("best.pt", state, None):
                 state.best_val_loss = before
 
-    def save_last(self, state: TrainingState) -> None:
-        """Write last.pt, and keep the one before it as prev.pt."""
+    def save_last(self, state: TrainingState) -> bool:
+        """Write last.pt, and keep the one before it as prev.pt; returns whether it could be written."""
         self.tried_at = time.monotonic()
         self.failure = self._save("last.pt", state, self.out_dir / "prev.pt" if self.last_is_whole else None)
         self.last_is_whole |= self.failure is None
+        return self.failure is None
 
     def raise_failure(self) -> None:
         """Raises: FloatingPointError or ValueError: if the newest attempt at last.pt failed."""

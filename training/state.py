@@ -223,11 +223,11 @@ def check_resumable(checkpoint: dict[str, Any], source: object) -> None:
 
     Raises: ValueError: naming the file.
     """
-    try:
-        model = build_model(checkpoint["model_config"], "meta")
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    for name in ("model", "ema"):
+    for name in ("model", "ema"):  # a network each, as a "meta" one takes the tensors themselves
+        try:
+            model = build_model(checkpoint["model_config"], "meta")
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         load_weights(model, checkpoint[name], source)
     moments, parameters = checkpoint["optimizer"]["state"], list(model.parameters())
     sound = not moments or list(moments) == list(range(len(parameters)))

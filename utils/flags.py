@@ -33,8 +33,9 @@ def integer_up_to(high: int, low: int = 1) -> Callable[[str], int]:
 
 
 # Counts end where a file could ask for absurd amounts of memory or time, or where an integer no longer fits.
-positive_int = ranged(int, "an integer of at least 1", lambda value: 1 <= value < 2**31)
-non_negative_int = ranged(int, "an integer of at least 0", lambda value: 0 <= value < 2**53)
+positive_int = integer_up_to(2**31 - 1)
+non_negative_int = integer_up_to(2**53 - 1, low=0)
+seed_int = integer_up_to(2**63 - 1, low=0)
 positive_float = ranged(float, "a number above 0", lambda value: value > 0)
 non_negative_float = ranged(float, "a number of at least 0", lambda value: value >= 0)
 probability = ranged(float, "a number in [0, 1]", lambda value: 0 <= value <= 1)
@@ -163,7 +164,7 @@ def add_sampler_flags(
     interval = "guide between these shares of the noise schedule only, 0 = clean, 1 = noise; None = the preset's"
     add("--guidance_interval", type=probability, nargs=2, metavar=("LO", "HI"), help=interval)
     add("--eta", type=probability, help="0 = deterministic .. 1 = DDPM's noise, ddim only; None = the preset's")
-    add("--seed", type=integer_up_to(2**63 - 1, low=0), default=0, help="seed of the noise, per clip and sample")
+    add("--seed", type=seed_int, default=0, help="seed of the noise, per clip and sample")
     add("--clip_x0", **switch(True), help="clip clean predictions to the range of pixels at every step")
     threshold = "scale clean predictions by a percentile instead of clipping them"
     add("--dynamic_threshold", **switch(False), help=threshold)
