@@ -98,11 +98,10 @@ def load_clips(args: argparse.Namespace, pipe: MiddleFramePipeline, count: int) 
     else:
         root, cache_dir = data_as_trained(trained, None, args.cache_dir)
         videos = split_as_trained(trained, pipe.clip_config, root, cache_dir)[1][:count]
-    clips = []
-    for i, video in enumerate(videos):
-        clips.append(reader.read(video, reader.identify(video, i)["first_frame"]))
-        if isinstance(clips[-1], str):
-            raise ValueError(f"--data_root: could not read {video.name} ({clips[-1]})")
+    clips = [reader.read(video, reader.identify(video, i)["first_frame"]) for i, video in enumerate(videos)]
+    for video, clip in zip(videos, clips, strict=True):
+        if isinstance(clip, str):
+            raise ValueError(f"--data_root: could not read {video.name} ({clip})")
     return torch.stack(clips)
 
 

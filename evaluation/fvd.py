@@ -1,7 +1,7 @@
 """Frechet video distance: how far the distribution of generated clips is from that of true ones.
 
-The distance is exact here; the features are those of the I3D network that the literature uses, whose weights the user
-brings. A distance in other features would not be comparable with anything published, so there is none.
+The features are those of the I3D network that the literature uses, whose weights the user brings: a distance in others
+would not be comparable with anything published.
 """
 
 import warnings
@@ -18,12 +18,11 @@ I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt"  # Styl
 
 
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians.
+    """Squared 2-Wasserstein distance of two Gaussians of means [D] and covariances [D,D].
 
     |mean_1 - mean_2|^2 + tr(cov_1) + tr(cov_2) - 2 tr((cov_1 cov_2)^(1/2)), where the last trace is the sum of the
     singular values of cov_1^(1/2) cov_2^(1/2): exact also for singular covariances, of fewer clips than features.
-
-    Means are [D], covariances [D,D], symmetric and positive semi-definite. Source: Dowson & Landau 1982.
+    Source: Dowson & Landau 1982.
     """
     overlap = np.linalg.svd(square_root(cov_1) @ square_root(cov_2), compute_uv=False).sum()
     distance = np.square(mean_1 - mean_2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2 * overlap
@@ -38,20 +37,15 @@ def square_root(covariance: np.ndarray) -> np.ndarray:
 
 def feature_distance(features: np.ndarray, truth: np.ndarray) -> float:
     """Frechet distance of the Gaussians fitted to two sets of features, [N,D] each, N of 2 or more."""
-    moments = []
-    for group in (features, truth):
-        group = np.asarray(group, np.float64)
-        moments += [group.mean(0), np.atleast_2d(np.cov(group, rowvar=False))]
-    return frechet_distance(*moments)
+    groups = [np.asarray(group, np.float64) for group in (features, truth)]
+    moments = [(group.mean(0), np.atleast_2d(np.cov(group, rowvar=False))) for group in groups]
+    return frechet_distance(*moments[0], *moments[1])
 
 
 class I3D:
-    """Features of whole clips from an I3D network in TorchScript.
+    """Features of whole clips from the I3D network of StyleGAN-V in TorchScript, which MCVD, LGC-VD and STDiff use.
 
-    Made for `i3d_torchscript.pt` of StyleGAN-V, which MCVD, LGC-VD and STDiff use; any scripted network with the same
-    call works. Source: Unterthiner et al. 2018, arXiv:1812.01717.
-
-    Raises: ValueError: naming the file, if it is missing or not TorchScript.
+    Any scripted network with the same call works. Source: Unterthiner et al. 2018, arXiv:1812.01717.
     """
 
     def __init__(self, path: str | Path, device: torch.device):
@@ -78,6 +72,5 @@ class I3D:
         try:
             return self.network(prepared, rescale=False, resize=False, return_features=True).double().cpu().numpy()
         except RuntimeError as error:
-            raise ValueError(
-                f"--fvd_weights: not the I3D network of {I3D_URL} ({str(error).strip()[-200:]})"
-            ) from error
+            reason = str(error).strip()[-200:]
+            raise ValueError(f"--fvd_weights: not the I3D network of {I3D_URL} ({reason})") from error

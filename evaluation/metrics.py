@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from utils.io import file_sha256
@@ -46,41 +46,32 @@ def missing_for(metric: str, size: int) -> str | None:
 def clip_psnr(frames: Tensor, truth: Tensor) -> Tensor:
     """The dB of each clip's mean squared error, of frames as they are, not rounded: [B,C,T,H,W] in [-1, 1] to [B].
 
-    Errors of single frames are averaged before the logarithm, which gives less than the mean of their dB. No error at
-    all counts as 100 dB.
+    Errors of frames are averaged before the logarithm, which gives less than the mean of their dB; no error is 100 dB.
     """
     mse = (as_double(frames) - as_double(truth)).square().mean(dim=(1, 2, 3, 4)) / 4  # of a range of 1
     return (-10 * torch.log10(mse)).clamp(max=PSNR_CEILING)
 
 
 def ssim(frames: Tensor, truth: Tensor, gray: bool) -> Tensor:
-    """Structural similarity of each clip, [B] float64: the mean over frames, channels and pixels.
+    """Structural similarity of clips [B,C,T,H,W] in [-1, 1], the mean over frames, channels and pixels: [B] float64.
 
-    Args:
-        frames: [B,C,T,H,W] in [-1, 1], as truth; at least 11 pixels wide and high.
-        gray: compare luma instead of the mean over colour channels.
-
-    Source: Wang et al. 2004, with scikit-image's settings for it: Gaussian weights of deviation 1.5, biased
-    covariances, 8-bit values, borders left out.
+    With `gray`, luma is compared. Source: Wang et al. 2004, with scikit-image's settings for it: Gaussian weights of
+    deviation 1.5, biased covariances, 8-bit values, borders left out.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    b = len(frames)
     pictures = [to_uint8(clip).transpose(1, 2).flatten(0, 1) for clip in (frames, truth)]  # [B*T,C,H,W]
-    if gray and frames.shape[1] == 3:
-        pictures = [to_gray(picture) for picture in pictures]
     settings = {"gaussian_kernel": True, "sigma": 1.5, "data_range": 255.0, "reduction": "none"}
-    pictures = [as_double(picture) for picture in pictures]
+    pictures = [as_double(to_gray(picture) if gray else picture) for picture in pictures]
     _, similarity = structural_similarity_index_measure(*pictures, **settings, return_full_image=True)
     edge = SSIM_WINDOW // 2  # where the window would reach over the border, which torchmetrics pads
-    return similarity[..., edge:-edge, edge:-edge].reshape(b, -1).mean(1)
+    return similarity[..., edge:-edge, edge:-edge].reshape(len(frames), -1).mean(1)
 
 
 def temporal_error(middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> Tensor:
     """How wrongly pixels change from frame to frame: mean |difference - true difference|, [B] in units of the range.
 
-    The steps from the last observed start frame and to the first observed end frame count too: a clip that jumps where
-    its generated part begins has an error there.
+    The steps from and to the nearest observed frames count, too: a clip that jumps there has an error.
     """
 
     def changes(frames: Tensor) -> Tensor:
@@ -92,52 +83,36 @@ def temporal_error(middle: Tensor, truth: Tensor, start_context: Tensor, end_con
 def diversity(samples: Tensor) -> float:
     """Mean absolute difference between pairs of samples [N,C,M,H,W] in [-1, 1], in units of the range; 0 for one."""
     n = len(samples)
-    if n < 2:
-        return 0.0
     # of sorted values, the sum over all pairs counts the i-th (2i - n + 1) times
     ordered = (as_double(to_uint8(samples)) / 255).sort(dim=0).values
     weight = 2 * torch.arange(n).to(ordered) - n + 1
-    pairs = n * (n - 1) / 2
-    return ((ordered * weight.view(-1, 1, 1, 1, 1)).sum(0).mean() / pairs).item()
+    return ((ordered * weight.view(-1, 1, 1, 1, 1)).sum(0).mean() / max(1, n * (n - 1) / 2)).item()
 
 
-class Lpips:
-    """Learned perceptual distance, AlexNet v0.1 at 128 pixels, through torchmetrics; lower is better.
+def lpips(network: nn.Module, frames: Tensor, truth: Tensor) -> Tensor:
+    """Learned perceptual distance of clips [B,C,T,H,W] in [-1, 1], the mean over frames, [B]; lower is better.
 
-    Source: Zhang et al. 2018, arXiv:1801.03924. The linear heads ship with torchmetrics, the backbone's weights lie
-    where torchvision keeps them (see `missing_for`).
+    AlexNet v0.1 at 128 pixels, through torchmetrics. Source: Zhang et al. 2018, arXiv:1801.03924.
     """
-
-    def __init__(self, device: torch.device):
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        self.network = LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device)
-
-    @torch.no_grad()
-    def __call__(self, frames: Tensor, truth: Tensor) -> Tensor:
-        """The mean over each clip's frames, [B]; frames [B,C,T,H,W] in [-1, 1]."""
-        b, t = frames.shape[0], frames.shape[2]
-        pair = []
-        for clip in (frames, truth):
-            pictures = to_uint8(clip).transpose(1, 2).flatten(0, 1).expand(-1, 3, -1, -1)  # [B*T,3,H,W]
-            pair.append(to_float(transforms.resize(pictures, [LPIPS_SIZE, LPIPS_SIZE], antialias=True)))
-        return self.network(*pair).view(b, t).mean(1)
+    pair = []
+    for clip in (frames, truth):
+        pictures = to_uint8(clip).transpose(1, 2).flatten(0, 1).expand(-1, 3, -1, -1)  # [B*T,3,H,W]
+        pair.append(to_float(transforms.resize(pictures, [LPIPS_SIZE, LPIPS_SIZE], antialias=True)))
+    return network(*pair).view(len(frames), -1).mean(1)
 
 
 class Scorer:
-    """All per-clip scores asked for.
-
-    Args:
-        metrics: of METRICS; those of single clips are used here.
-        published: score as the published protocol does: PSNR before rounding to 8 bits, SSIM on luma.
-        device: where LPIPS runs.
-    """
+    """Scores clips by those of METRICS asked for; if `published`, with unrounded PSNR and SSIM on luma."""
 
     def __init__(self, metrics: Sequence[str], published: bool, device: torch.device):
         self.metrics = set(metrics)
         self.published = published
-        self.lpips = Lpips(device) if "lpips" in self.metrics else None
+        if "lpips" in self.metrics:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
+            self.lpips_network = LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device)
+
+    @torch.no_grad()
     def __call__(self, middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> list[dict]:
         """A dict of scores per clip: psnr, psnr_clip, psnr_frames (a list), ssim, lpips, temporal_l1.
 
@@ -150,8 +125,8 @@ class Scorer:
             columns |= {"psnr": frames.mean(1), "psnr_clip": clip_psnr(seen, truth), "psnr_frames": frames}
         if "ssim" in self.metrics:
             columns["ssim"] = ssim(middle, truth, gray=self.published)
-        if self.lpips is not None:
-            columns["lpips"] = self.lpips(middle, truth)
+        if "lpips" in self.metrics:
+            columns["lpips"] = lpips(self.lpips_network, middle, truth)
         if "temporal" in self.metrics:
             columns["temporal_l1"] = temporal_error(middle, truth, start_context, end_context)
         return [{name: values[i].tolist() for name, values in columns.items()} for i in range(len(middle))]

@@ -1,31 +1,23 @@
 """How a table was taken, item by item: the native protocol, and the published one with its published rows."""
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 PROTOCOLS = ("native", "mcvd")
 
 
-class PublishedRow(NamedTuple):
-    """A printed result on BAIR: frames given -> generated, best of so many samples, PSNR in dB, SSIM."""
-
-    method: str
-    frames: str
-    best_of: int
-    psnr: float
-    ssim: float
-
-
 # The interpolation table of MCVD (Voleti et al. 2022, arXiv:2205.09853), BAIR 64x64, entered from notes.
-PUBLISHED = (
-    PublishedRow("SVG-LP", "18 -> 7", 100, 18.648, 0.846),
-    PublishedRow("SDVI", "16 -> 7", 100, 19.694, 0.852),
-    PublishedRow("FSTN", "18 -> 7", 100, 19.908, 0.850),
-    PublishedRow("SDVI full", "18 -> 7", 100, 21.432, 0.880),
-    PublishedRow("SepConv", "18 -> 7", 100, 21.615, 0.877),
-    PublishedRow("MCVD", "4 -> 5", 10, 23.408, 0.914),
-    PublishedRow("MCVD", "4 -> 5", 100, 25.162, 0.932),
+COLUMNS = ("method", "frames", "best_of", "psnr", "ssim")  # frames given -> generated, best of so many samples, dB
+ROWS = (
+    ("SVG-LP", "18 -> 7", 100, 18.648, 0.846),
+    ("SDVI", "16 -> 7", 100, 19.694, 0.852),
+    ("FSTN", "18 -> 7", 100, 19.908, 0.850),
+    ("SDVI full", "18 -> 7", 100, 21.432, 0.880),
+    ("SepConv", "18 -> 7", 100, 21.615, 0.877),
+    ("MCVD", "4 -> 5", 10, 23.408, 0.914),
+    ("MCVD", "4 -> 5", 100, 25.162, 0.932),
 )
+PUBLISHED = [dict(zip(COLUMNS, row, strict=True)) for row in ROWS]
 MCVD = {"num_frames": 9, "endpoint_context": 2, "frame_stride": 1, "size": 64, "color_mode": "rgb"}
 MCVD_CLIPS = 256
 
@@ -56,10 +48,7 @@ def rules(protocol: str, scores: Collection[str]) -> list[str]:
 def differences_from_mcvd(settings: dict[str, Any], clips: int, trained_frames: int | None) -> list[str]:
     """What still differs from how the published rows were taken, so that nobody has to guess.
 
-    Args:
-        settings: of this evaluation; the names of `MCVD`, num_samples, window and data_root.
-        clips: that were scored.
-        trained_frames: T in training; None without a model.
+    `settings` has the names of `MCVD`, num_samples, window and data_root; `trained_frames` is T in training, if any.
     """
     found = [f"{name} is {settings[name]}, not {value}" for name, value in MCVD.items() if settings[name] != value]
     if clips != MCVD_CLIPS:
@@ -67,13 +56,13 @@ def differences_from_mcvd(settings: dict[str, Any], clips: int, trained_frames: 
     found.append(f"the clips are those of {settings['data_root']}; the published ones are BAIR's test set, raw frames")
     if settings["num_samples"] not in (10, 100):
         found.append(f"{settings['num_samples']} samples per clip, where the published rows take 10 and 100")
-    if settings["window"] != "random":
-        found.append(f"windows are {settings['window']}, not random")
-    else:
-        found.append("random windows of our own seed; MCVD's are those of its own loader, seed 1234")
+    random = "random windows of our own seed; MCVD's are those of its own loader, seed 1234"
+    found.append(random if settings["window"] == "random" else f"windows are {settings['window']}, not random")
     if trained_frames not in (None, MCVD["num_frames"]):
         found.append(f"the model was trained on clips of {trained_frames} frames, not 9")
-    found.append("FVD, if any, is of 9 frames; MCVD's code takes it from 10 on and prints none for this task")
-    found.append("the published digits were entered from notes: compare with the paper before citing them")
-    found.append("8-bit values are rounded; MCVD's conversion to pictures truncates them (SSIM and LPIPS)")
-    return found
+    return [
+        *found,
+        "FVD, if any, is of 9 frames; MCVD's code takes it from 10 on and prints none for this task",
+        "the published digits were entered from notes: compare with the paper before citing them",
+        "8-bit values are rounded; MCVD's conversion to pictures truncates them (SSIM and LPIPS)",
+    ]

@@ -3,20 +3,19 @@
 import base64
 import html
 import io
-import math
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import imageio.v3 as iio
-from torch import Tensor
 
 from data.video_index import Video
 from evaluation.evaluator import Evaluator
 from evaluation.metrics import HIGHER_IS_BETTER
 from evaluation.protocols import PUBLISHED, differences_from_mcvd, rules
-from evaluation.results import SCORES, Estimate, PerClipResults, Row, error_by_position, summarise
+from evaluation.results import SCORES, PerClipResults, Row, error_by_position, summarise
 from utils.io import atomic_write, observed_frames, save_json, save_training_curves, side_by_side
 from utils.video_utils import cross_fade, join_clip, split_clip, to_float, to_uint8
 
@@ -41,45 +40,7 @@ img { width: 38rem; max-width: 100%; image-rendering: pixelated; } svg { max-wid
 """
 
 
-class Report(NamedTuple):
-    """All that an evaluation found.
-
-    Attributes:
-        title: clips, frames and protocol in one line.
-        rows: of the table.
-        curves: of the methods that differ in their number of steps only, the name that they share.
-        protocol: its name.
-        differences: what differs from the published protocol, if that is the one.
-        weights: files that scores were computed with, with their hashes.
-        failures: clips left out, with the reason.
-        frames: numbers of the generated frames within a clip.
-        positions: PSNR in dB of each generated frame, by method; {} if it was not measured.
-    """
-
-    title: str
-    rows: list[Row]
-    curves: dict[str, str]
-    protocol: str
-    differences: list[str]
-    weights: list[str]
-    failures: list[str]
-    frames: Sequence[int]
-    positions: dict[str, list[float]]
-
-    def rules(self) -> list[str]:
-        """What the columns of the table mean, and what they were computed with."""
-        scores = {name for row in self.rows for name in row.scores}
-        compared = {"versus_first"} if any("psnr" in row.versus_first for row in self.rows) else set()
-        return [*rules(self.protocol, scores | compared), *self.weights]
-
-    def as_json(self) -> dict[str, Any]:
-        """The report as plain types."""
-        return self._asdict() | {
-            "rows": [row.as_json() for row in self.rows],
-            "frames": list(self.frames),
-            "rules": self.rules(),
-            "published": [row._asdict() for row in PUBLISHED] if self.differences else [],
-        }
+Report = dict[str, Any]  # what an evaluation says: metrics.json, of which table and page are made
 
 
 def make_report(
@@ -87,125 +48,128 @@ def make_report(
 ) -> Report:
     """Summarise the scores over the clips.
 
-    Args:
-        weights: files that scores were computed with.
-        settings: of the evaluation; `trained_frames` among them is T in training, or None.
+    `weights` names the files that scores were computed with; `settings` are the evaluation's, and `trained_frames`.
 
     Raises: ValueError: if no clip could be read.
     """
-    lines, methods = results.scored(), [method.name for method in evaluator.methods]
+    lines, failures, reader = results.scored(), results.failures(), evaluator.reader
     if not lines:
-        failures = "; ".join(results.failures())
-        raise ValueError(f"--data_root {settings['data_root']}: no clip could be read: {failures}")
-    k, reader = evaluator.endpoint_context, evaluator.reader
-    m = reader.num_frames - 2 * k
+        raise ValueError(f"--data_root {settings['data_root']}: no clip could be read: {'; '.join(failures)}")
     features = results.features if evaluator.i3d and len(lines) > 1 else None
     if evaluator.i3d and features is None:
         print("fvd is left out: it needs two clips or more")
-    with_psnr = "psnr" in evaluator.scorer.metrics
-    differences = []
-    if protocol == "mcvd":
-        differences = differences_from_mcvd(settings, len(lines), settings["trained_frames"])
-    return Report(
-        title=f"{len(lines)} clips of {reader.num_frames} frames ({k} + {k} given, {m} generated), "
-        f"{reader.size}x{reader.size} {reader.color_mode}, protocol {protocol}",
-        rows=[row for name in methods for row in summarise(lines, name, methods[0], features)],
-        curves={method.name: method.curve for method in evaluator.methods if method.curve},
-        protocol=protocol,
-        differences=differences,
-        weights=weights,
-        failures=results.failures(),
-        frames=range(k, k + m),
-        positions={name: error_by_position(lines, name) for name in methods} if with_psnr else {},
-    )
+    names, k, t = [method.name for method in evaluator.methods], evaluator.endpoint_context, reader.num_frames
+    shown = f"{t} frames ({k} + {k} given, {t - 2 * k} generated), {reader.size}x{reader.size} {reader.color_mode}"
+    rows = [row for name in names for row in summarise(lines, name, names[0], features)]
+    scores = {name for row in rows for name in row.scores}
+    if any("psnr" in row.versus_first for row in rows):
+        scores.add("versus_first")
+    published = protocol == "mcvd"
+    return {
+        "title": f"{len(lines)} clips of {shown}, protocol {protocol}",
+        "rows": rows,
+        "protocol": protocol,
+        "differences": differences_from_mcvd(settings, len(lines), settings["trained_frames"]) if published else [],
+        "failures": failures,
+        "frames": list(range(k, t - k)),  # those that are generated
+        "positions": {name: error_by_position(lines, name) for name in names} if "psnr" in scores else {},
+        "rules": [*rules(protocol, scores), *weights],
+        "published": PUBLISHED if published else [],
+    }
 
 
 def write_report(
     report: Report, out_dir: Path, pictures: str, history: dict[str, Any] | None, facts: dict[str, Any]
 ) -> None:
-    """Print the table and write table.md, metrics.json, report.html and, of a sweep, its plot."""
-    files = {"table.md": as_markdown(report), "report.html": as_page(report, pictures, history, facts)}
-    plot = quality_against_work(report)
+    """Print the table and write table.md, metrics.json, report.html and, of a sweep, its plot.
+
+    `pictures` are HTML, `history` is that of training, if any, `facts` are settings, versions and fingerprints.
+    """
+    plot, table = quality_against_work(report), as_markdown(report)
+    files = {"table.md": table, "report.html": as_page(report, pictures, plot, history, facts)}
     if plot:
         files["quality_against_work.svg"] = plot
     for name, text in files.items():
         with atomic_write(out_dir / name) as file:
             file.write(text.encode())
-    save_json(out_dir / "metrics.json", report.as_json() | facts)
-    print(f"\n{files['table.md']}")
+    save_json(out_dir / "metrics.json", report | {"rows": [row.as_json() for row in report["rows"]]} | facts)
+    print(f"\n{table}")
     print(f"{out_dir / 'report.html'}, {out_dir / 'table.md'}, {out_dir / 'metrics.json'}")
 
 
 def as_markdown(report: Report) -> str:
     """The table with all that belongs to it."""
-    text = [report.title, "", markdown(table_cells(report.rows)), "", *(f"- {rule}" for rule in report.rules())]
-    if report.differences:
+    text = [report["title"], "", markdown(table_cells(report["rows"])), "", *(f"- {rule}" for rule in report["rules"])]
+    if report["differences"]:
         text += ["", markdown(published_cells()), "", "What still differs from the published rows:", ""]
-        text += [f"- {line}" for line in report.differences]
-    if report.failures:
-        text += ["", f"Left out, unreadable: {', '.join(report.failures)}"]
+        text += [f"- {line}" for line in report["differences"]]
+    if report["failures"]:
+        text += ["", f"Left out, unreadable: {', '.join(report['failures'])}"]
     return "\n".join([*text, ""])
 
 
-def as_page(report: Report, pictures: str, history: dict[str, Any] | None, facts: dict[str, Any]) -> str:
-    """The whole page: table, clips, plots and settings; it loads nothing.
-
-    Args:
-        pictures: animations, as HTML.
-        history: of training, as checkpoints keep it; None without a checkpoint.
-        facts: settings, versions and fingerprints.
-    """
-    sections = [("Scores", html_table(table_cells(report.rows)) + bullet_list(report.rules()))]
-    if report.failures:
-        sections.append(("Left out, unreadable", bullet_list(report.failures)))
-    if report.differences:
-        sections.append(("Published", html_table(published_cells()) + bullet_list(report.differences)))
-    sections.append(("Clips", pictures))
-    plot = quality_against_work(report)
+def as_page(
+    report: Report, pictures: str, plot: str | None, history: dict[str, Any] | None, facts: dict[str, Any]
+) -> str:
+    """The whole page, which loads nothing: table, clips, plots and settings; arguments as `write_report`."""
+    sections = {"Scores": html_table(table_cells(report["rows"])) + bullet_list(report["rules"])}
+    if report["failures"]:
+        sections["Left out, unreadable"] = bullet_list(report["failures"])
+    if report["differences"]:
+        sections["Published"] = html_table(published_cells()) + bullet_list(report["differences"])
+    sections["Clips"] = pictures
     if plot:
-        sections.append(("Quality against work", plot))
-    if report.positions:
-        sections.append(("Error per frame position", error_by_frame(report)))
+        sections["Quality against work"] = plot
+
+    # PSNR of each generated frame, as a table and a plot.
+    if report["positions"]:
+        cells = [["PSNR of frame, dB", *map(str, report["frames"])]]
+        cells += [[name, *(f"{value:.2f}" for value in values)] for name, values in report["positions"].items()]
+        curves = {name: (report["frames"], values) for name, values in report["positions"].items()}
+        sections["Error per frame position"] = html_table(cells) + (line_plots({"PSNR, dB": curves}, "frame") or "")
+
+    # The curves of training, or what would bring them.
     if history is not None:
-        sections.append(("Training", training_curves(history)))
-    sections.append(("Settings", settings_list(facts)))
-    return page(report.title, sections)
+        file = io.BytesIO()
+        if not history["train"]:
+            sections["Training"] = "<p>The checkpoint holds no history.</p>"
+        elif save_training_curves(file, history, file_format="svg"):
+            sections["Training"] = "<svg" + file.getvalue().decode().partition("<svg")[2]
+        else:
+            sections["Training"] = "<p>Curves need matplotlib: pip install matplotlib</p>"
 
+    # Every setting, folded away.
+    flat = {name: value for name, value in facts.items() if name != "settings"} | facts.get("settings", {})
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in flat.items())
+    sections["Settings"] = f"<details><summary>all settings</summary><table>{rows}</table></details>"
 
-def error_by_frame(report: Report) -> str:
-    """PSNR of each generated frame, as a table and a plot."""
-    cells = [["PSNR of frame, dB", *map(str, report.frames)]]
-    cells += [[name, *(f"{value:.2f}" for value in values)] for name, values in report.positions.items()]
-    curves = {name: (list(report.frames), values) for name, values in report.positions.items()}
-    return html_table(cells) + (line_plots({"PSNR, dB": curves}, "frame") or "")
-
-
-def show(value: Estimate | None, decimals: int, signed: bool = False) -> str:
-    """A mean with its interval, if it has one."""
-    if value is None:
-        return ""
-    mean, low, high = (f"{number:{'+' if signed else ''}.{decimals}f}" for number in value)
-    return mean if math.isnan(value.low) else f"{mean} [{low}, {high}]"
+    title = html.escape(report["title"])
+    body = "\n".join(f"<h2>{html.escape(heading)}</h2>\n{content}" for heading, content in sections.items())
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n"
+    )
 
 
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table as text, its titles first; columns that no row has are left out."""
-    used = [name for name in COLUMNS if any(name in row.scores for row in rows)]
-    titles = ["method", "samples", *(COLUMNS[name][0] for name in used), "forwards / sample", "s / sample"]
+    columns = {name: column for name, column in COLUMNS.items() if any(name in row.scores for row in rows)}
+    titles = ["method", "samples", *(title for title, _ in columns.values()), "forwards / sample", "s / sample"]
     compared = any("psnr" in row.versus_first for row in rows)
     cells = [[*titles[:3], "PSNR - first row", *titles[3:]] if compared else titles]
     for row in rows:
-        scores = [show(row.scores.get(name), COLUMNS[name][1]) for name in used]
+        shown = {name: value.show(columns[name][1]) for name, value in row.scores.items()}
+        scores = [shown.get(name, "") for name in columns]
         if compared:
-            scores.insert(1, show(row.versus_first.get("psnr"), 2, signed=True))
+            scores.insert(1, row.versus_first["psnr"].show(2, sign="+") if row.versus_first else "")
         cells.append([row.method, row.samples, *scores, str(row.nfe), f"{row.seconds:.3g}"])
     return cells
 
 
 def published_cells() -> list[list[str]]:
     """The published rows as text, their titles first."""
-    rows = [[row.method, row.frames, str(row.best_of), f"{row.psnr:.3f}", f"{row.ssim:.3f}"] for row in PUBLISHED]
-    return [["published, BAIR", "frames", "best of", "PSNR (clip), dB", "SSIM"], *rows]
+    titles = ["published, BAIR", "frames", "best of", "PSNR (clip), dB", "SSIM"]
+    return [titles, *([f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()] for row in PUBLISHED)]
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
@@ -248,7 +212,7 @@ def line_plots(panels: dict[str, Curves], xlabel: str, log_x: bool = False) -> s
     figure.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="outside lower center")
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
-    return svg_element(text.getvalue())
+    return "<svg" + text.getvalue().partition("<svg")[2]  # without what stands before the element
 
 
 def quality_against_work(report: Report) -> str | None:
@@ -256,37 +220,14 @@ def quality_against_work(report: Report) -> str | None:
     panels: dict[str, Curves] = {}
     for score in ("psnr", "ssim", "temporal_l1"):
         points: dict[str, list[tuple[int, float]]] = {}
-        for row in report.rows:
-            if row.method in report.curves and row.kind == "mean" and score in row.scores:
-                points.setdefault(report.curves[row.method], []).append((row.nfe, row.scores[score].mean))
+        for row in report["rows"]:
+            if row.nfe and row.kind == "mean" and score in row.scores:
+                curve = re.sub(r" \d+", "", row.method.removeprefix("ours, "), count=1)  # any number of steps
+                points.setdefault(curve, []).append((row.nfe, row.scores[score].mean))
         if max(map(len, points.values()), default=0) >= 2:
-            lines = {name: tuple(zip(*sorted(values), strict=True)) for name, values in points.items()}
-            panels[COLUMNS[score][0]] = lines
+            curves = {name: tuple(zip(*sorted(values), strict=True)) for name, values in points.items()}
+            panels[COLUMNS[score][0]] = curves
     return line_plots(panels, "network forwards per sample", log_x=True) if panels else None
-
-
-def training_curves(history: dict[str, Any]) -> str:
-    """The curves of training for the page, or what would bring them."""
-    file = io.BytesIO()
-    if not history["train"]:
-        return "<p>The checkpoint holds no history.</p>"
-    if not save_training_curves(file, history, file_format="svg"):
-        return "<p>Curves need matplotlib: pip install matplotlib</p>"
-    return svg_element(file.getvalue().decode())
-
-
-def svg_element(document: str) -> str:
-    """An SVG document without what stands before its element, for use inside a page."""
-    return document[document.index("<svg") :]
-
-
-def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
-    """The whole page of (heading, HTML) sections; it loads nothing."""
-    body = "\n".join(f"<h2>{html.escape(heading)}</h2>\n{content}" for heading, content in sections)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
-    )
 
 
 def bullet_list(lines: Sequence[str]) -> str:
@@ -294,50 +235,31 @@ def bullet_list(lines: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
-def settings_list(settings: dict[str, Any]) -> str:
-    """Every setting, folded away."""
-    flat = settings | settings.get("settings", {})
-    flat.pop("settings", None)
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in flat.items())
-    return f"<details><summary>all settings</summary><table>{rows}</table></details>"
-
-
 def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipResults) -> str:
     """The best, median and worst clip of the first method: truth, the method's first sample, and the cross-fade.
 
     Best by the first score that was measured; the clips are the first, the middle and the last where none was.
     """
-    method, k = evaluator.methods[0], evaluator.endpoint_context
-    lines = results.scored()
-    titles = ("first", "middle", "last")
-    first_sample = {line["clip"]: line["methods"][method.name]["samples"][0] for line in lines}
-    score = next((name for name in SCORES if name in first_sample[lines[0]["clip"]]), None)
-    if score is not None:
-        titles = ("best", "median", "worst")
-        lines.sort(key=lambda line: first_sample[line["clip"]][score], reverse=score in HIGHER_IS_BETTER)
+    method, k, lines = evaluator.methods[0], evaluator.endpoint_context, results.scored()
+    scores = {line["clip"]: line["methods"][method.name]["samples"][0] for line in lines}
+    score = next((name for name in SCORES if name in scores[lines[0]["clip"]]), None)
+    titles = ("best", "median", "worst") if score else ("first", "middle", "last")
+    if score:
+        lines.sort(key=lambda line: scores[line["clip"]][score], reverse=score in HIGHER_IS_BETTER)
     parts = []
     for title, line in zip(titles, (lines[0], lines[len(lines) // 2], lines[-1]), strict=True):
-        number = line["clip"]
-        clip = evaluator.reader.read(videos[number], line["source"]["first_frame"])
+        number, source = line["clip"], line["source"]
+        clip = evaluator.reader.read(videos[number], source["first_frame"])
         if isinstance(clip, str):
             continue
         start, truth, end = split_clip(to_float(clip[None]).to(evaluator.device), k)
-        faded = cross_fade(start, end, truth.shape[2])
-        middles = (truth, method.generate(start, end, [(number, 0)]), faded)
+        middles = (truth, method.generate(start, end, [(number, 0)]), cross_fade(start, end, truth.shape[2]))
         wholes = [to_uint8(join_clip(start, middle, end))[0] for middle in middles]
-        frames = side_by_side(wholes, observed_frames(clip.shape[1], k))
-        value = first_sample[number].get(score)
-        quality = "" if value is None else f", {COLUMNS[score][0]}: {value:.{COLUMNS[score][1]}f}"
-        caption = f"{title}: {line['source']['name']}{quality} - truth, {method.name}, cross-fade (orange = given)"
-        parts.append(animation(frames, caption, ANIMATION_FPS))
+        frames = side_by_side(wholes, observed_frames(clip.shape[1], k)).permute(1, 2, 3, 0)  # [T,H,W,3]
+        quality = f", {COLUMNS[score][0]}: {scores[number][score]:.{COLUMNS[score][1]}f}" if score else ""
+        caption = f"{title}: {source['name']}{quality} - truth, {method.name}, cross-fade (orange = given)"
+        file = io.BytesIO()  # an animated PNG: lossless, unlike a GIF
+        iio.imwrite(file, frames.numpy(), plugin="pillow", extension=".png", duration=1000 / ANIMATION_FPS, loop=0)
+        picture = f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+        parts.append(f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>")
     return "\n".join(parts)
-
-
-def animation(frames: Tensor, caption: str, fps: float) -> str:
-    """Frames uint8 [3,T,H,W] as a looping picture inside the page, with its caption."""
-    file = io.BytesIO()  # an animated PNG: lossless, unlike a GIF
-    pictures = frames.permute(1, 2, 3, 0).numpy()  # [T,H,W,3]
-    iio.imwrite(file, pictures, plugin="pillow", extension=".png", duration=1000 / fps, loop=0)
-    data = base64.b64encode(file.getvalue()).decode()
-    picture = f'<img alt="" src="data:image/png;base64,{data}">'
-    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"

@@ -25,11 +25,8 @@ class PerClipResults:
     clips that are not asked for now are kept.
 
     Args:
-        settings: everything that changes a score.
+        settings: everything that changes a score; results of others are refused, unless to `overwrite`.
         clips: what identifies each clip (name, sha256, first frame); a line of another clip is not used.
-        overwrite: begin anew, whatever is there.
-
-    Raises: ValueError: if the folder holds results of other settings, or cannot be written.
     """
 
     def __init__(self, out_dir: Path, settings: dict[str, Any], clips: Sequence[dict[str, Any]], overwrite: bool):
@@ -40,21 +37,16 @@ class PerClipResults:
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
             head, *lines = (read_lines(self.path) if not overwrite else []) or [{"settings": self.settings}]
-            self.refuse_others(head.get("settings", {}))
+            before = head.get("settings", {})
+            for name in self.settings | before:
+                was, now = before.get(name), self.settings.get(name)
+                if was != now:
+                    there = f"--out_dir {out_dir} holds an evaluation with {name} = {was} (now {now})"
+                    raise ValueError(f"{there}; choose another folder or pass --overwrite")
             self.stored = {line["clip"]: line for line in lines}
             self.tidy()
         except OSError as error:
             raise ValueError(f"--out_dir {out_dir}: cannot be used ({error.strerror})") from error
-
-    def refuse_others(self, before: dict[str, Any]) -> None:
-        """Raises: ValueError: if the folder's settings are not those of now, naming the first that differs."""
-        for name in self.settings | before:
-            was, now = before.get(name), self.settings.get(name)
-            if was != now:
-                raise ValueError(
-                    f"--out_dir {self.path.parent} holds an evaluation with {name} = {was} (now {now}); "
-                    "choose another folder or pass --overwrite"
-                )
 
     def tidy(self) -> None:
         """Write the file anew, in order and each clip once, without what was cut short."""
@@ -62,14 +54,14 @@ class PerClipResults:
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
-    def has(self, numbers: Iterable[int]) -> bool:
-        """Whether all of these clips are scored; one that could not be read is worth another try."""
-        return all(self.is_of(number, "methods") for number in numbers)
+    def lines_with(self, key: str, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """The lines with `key` for these very clips, in order."""
+        found = [self.stored[number] for number in numbers if key in self.stored.get(number, {})]
+        return [line for line in found if line["source"] == self.clips[line["clip"]]]
 
-    def is_of(self, number: int, key: str) -> bool:
-        """Whether there is a line with `key` for this very clip."""
-        line = self.stored.get(number, {})
-        return key in line and line["source"] == self.clips[number]
+    def has(self, numbers: Sequence[int]) -> bool:
+        """Whether all of these clips are scored; one that could not be read is worth another try."""
+        return len(self.lines_with("methods", numbers)) == len(numbers)
 
     def add(self, lines: Sequence[dict[str, Any]], features: dict[int, dict[str, np.ndarray]]) -> None:
         """Write a batch: its FVD features first, by clip and method, then its lines in one go."""
@@ -83,11 +75,11 @@ class PerClipResults:
 
     def scored(self) -> list[dict[str, Any]]:
         """The lines of all clips that are asked for and could be read, in order."""
-        return [self.stored[number] for number in range(len(self.clips)) if self.is_of(number, "methods")]
+        return self.lines_with("methods", range(len(self.clips)))
 
     def failures(self) -> list[str]:
         """Clips that could not be read, with the reason."""
-        lines = [self.stored[number] for number in range(len(self.clips)) if self.is_of(number, "failure")]
+        lines = self.lines_with("failure", range(len(self.clips)))
         return [f"{line['source']['name']} ({line['failure']})" for line in lines]
 
 
@@ -109,6 +101,11 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def show(self, decimals: int, sign: str = "") -> str:
+        """The mean, with its interval if it has one; "+" as the sign shows it always."""
+        mean, low, high = (f"{number:{sign}.{decimals}f}" for number in self)
+        return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and percentile-bootstrap interval over clips, always from the same resamples.
@@ -126,25 +123,15 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 class Row(NamedTuple):
-    """One line of the table.
-
-    Attributes:
-        method: its name.
-        kind: "mean" over samples, "mean image" of them, or "best" of them per clip and score.
-        count: how many samples that is about.
-        scores: over the clips, by name.
-        versus_first: differences from the first row, paired over the clips, of the mean over samples; {} elsewhere.
-        nfe: network forwards per sample.
-        seconds: per sample, the median over clips.
-    """
+    """One line of the table."""
 
     method: str
-    kind: str
-    count: int
+    kind: str  # "mean" over samples, "mean image" of them, or "best" of them per clip and score
+    count: int  # of samples that it is about
     scores: dict[str, Estimate]
-    versus_first: dict[str, Estimate]
-    nfe: int
-    seconds: float
+    versus_first: dict[str, Estimate]  # of the mean: differences from the first row, paired over the clips; else {}
+    nfe: int  # network forwards per sample
+    seconds: float  # per sample, the median over clips
 
     @property
     def samples(self) -> str:
@@ -153,11 +140,11 @@ class Row(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """The row as plain types; an interval that does not exist is null."""
-        scores, versus_first = (
-            {name: {end: None if math.isnan(x) else x for end, x in e._asdict().items()} for name, e in group.items()}
-            for group in (self.scores, self.versus_first)
-        )
-        return self._asdict() | {"samples": self.samples, "scores": scores, "versus_first": versus_first}
+        groups = {"scores": self.scores, "versus_first": self.versus_first}
+        for name, group in groups.items():
+            ends = {score: value._asdict().items() for score, value in group.items()}
+            groups[name] = {score: {k: None if math.isnan(x) else x for k, x in pairs} for score, pairs in ends.items()}
+        return self._asdict() | {"samples": self.samples, **groups}
 
 
 def summarise(lines: Sequence[dict[str, Any]], method: str, first: str, features: Path | None) -> list[Row]:
@@ -165,39 +152,30 @@ def summarise(lines: Sequence[dict[str, Any]], method: str, first: str, features
 
     A single sample has one row. Of N there are the mean over all samples, the score of their mean image, and the best
     of 10 and of N per clip and metric, which flatters a method the more the larger N is, so it never stands alone.
-
-    Args:
-        lines: the scored clips.
-        first: the method of the first row.
-        features: folder of FVD features; None = no FVD.
+    `first` is the method of the first row, `features` the folder of FVD features, None = no FVD.
     """
     found = [line["methods"][method] for line in lines]
-    nfe, seconds = found[0]["nfe"], float(np.median([entry["seconds"] for entry in found]))
+    cost = {"nfe": found[0]["nfe"], "seconds": float(np.median([entry["seconds"] for entry in found]))}
     table, reference = score_table(lines, method), score_table(lines, first)
     n = len(found[0]["samples"])
-    versus_first = {}
-    if method != first:
-        versus_first = {name: estimate(table[name].mean(axis=1) - reference[name].mean(axis=1)) for name in table}
-
     mean = {name: estimate(values.mean(axis=1)) for name, values in table.items()}
+    differences = {name: values.mean(axis=1) - reference[name].mean(axis=1) for name, values in table.items()}
+    versus_first = {name: estimate(values) for name, values in differences.items()} if method != first else {}
     if n > 1 and "diversity" in found[0]:
         mean["diversity"] = estimate([entry["diversity"] for entry in found])
     if features is not None:
         distance = video_distance(features, [line["clip"] for line in lines], method)
         mean["fvd"] = Estimate(distance, float("nan"), float("nan"))
-    if n == 1:
-        return [Row(method, "mean", 1, mean, versus_first, nfe, seconds)]
-    image = {name: estimate([entry["mean_image"][name] for entry in found]) for name in table}
-    rows = [
-        Row(method, "mean", n, mean, versus_first, nfe, seconds),
-        Row(method, "mean image", n, image, {}, nfe, seconds),
-    ]
-    for count in sorted({min(10, n), n}):
-        best = {
-            name: estimate((values[:, :count].max if name in HIGHER_IS_BETTER else values[:, :count].min)(axis=1))
-            for name, values in table.items()
-        }
-        rows.append(Row(method, "best", count, best, {}, nfe, seconds))
+    rows = [Row(method, "mean", n, mean, versus_first, **cost)]
+    if n > 1:
+        image = {name: estimate([entry["mean_image"][name] for entry in found]) for name in table}
+        rows.append(Row(method, "mean image", n, image, {}, **cost))
+        for count in sorted({min(10, n), n}):
+            best = {}
+            for name, values in table.items():
+                choose = np.max if name in HIGHER_IS_BETTER else np.min
+                best[name] = estimate(choose(values[:, :count], axis=1))
+            rows.append(Row(method, "best", count, best, {}, **cost))
     return rows
 
 

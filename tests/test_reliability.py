@@ -1,5 +1,7 @@
 """What tests/soak.py tries at length, in small: kills, stops, hostile and mutated files, a full disk."""
 
+import functools
+import io
 import os
 import signal
 import stat
@@ -8,6 +10,7 @@ from pathlib import Path
 import hostile
 import pytest
 import soak
+import torch
 from conftest import TINY_FLAGS, write_squares
 
 import train_video_ddpm
@@ -94,6 +97,19 @@ def test_mutated_files_crash_hang_and_trace_nothing(tmp_path, kind, count):
     counts, bad = soak.fuzz(kind, count, tmp_path)
     assert bad == [] and sum(counts.values()) == count
     assert any("refused" in outcome for outcome in counts)  # or nothing was mutated
+
+
+def test_values_of_another_kind_deep_in_a_checkpoint_are_used_or_refused(tmp_path):
+    cases = [(name, torch.zeros(3)) for name in ("scaler", "best_val_loss", "model_config.image_channels")]
+    cases += [(f"lr_scheduler.{name}", None) for name in ("start_lr", "start_step", "warmup_steps", "total_steps")]
+    cases += [("args.batch_size", None), ("args.grad_accum", [1]), ("args.cfg_drop_prob", torch.zeros(3))]
+    cases += [("history.epochs", {}), ("history.sums.skipped", float("inf")), ("history.sums.skipped", [1])]
+    whole = soak.checkpoint_bases(tmp_path)[0]
+    for name, value in cases:
+        state, (*places, key) = torch.load(io.BytesIO(whole)), name.split(".")
+        functools.reduce(dict.get, places, state)[key] = value
+        torch.save(state, tmp_path / "odd.pt")
+        assert not soak.broken(soak.look_at_checkpoint(tmp_path / "odd.pt")), (name, value)
 
 
 def test_bad_files_change_no_window_of_the_good_ones(tmp_path):

@@ -35,7 +35,6 @@ ALLOWED_GLOBALS = {
     "collections OrderedDict": OrderedDict,
     "torch._utils _rebuild_tensor_v2": lambda *parts: None,
     "torch FloatStorage": "float32",
-    "torch HalfStorage": "float16",
     "torch ByteStorage": "uint8",
 }
 ALLOWED_OPCODES = re.compile(
@@ -98,26 +97,28 @@ def is_integer(high: int, low: int = 0) -> Callable[[Any], bool]:
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether a value is a dict of names to float32 (or, exported, float16) tensors."""
+    """Whether a value is a dict of names to float32 tensors."""
     return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float16)
+        isinstance(name, str) and isinstance(weight, Tensor) and weight.dtype == torch.float32
         for name, weight in value.items()
     )
 
 
 def has_numbers(*names: str) -> Callable[[Any], bool]:
-    """Whether a value is a dict of numbers, or of None where there was none, in which these names are."""
-    return lambda value: set(names) <= set(value) and all(x is None or is_number(x) for x in value.values())
+    """Whether a value is a dict of numbers in which these names are."""
+    return lambda value: isinstance(value, dict) and {*names} <= {*value} and all(map(is_number, value.values()))
 
 
 def is_history(value: Any) -> bool:
-    """Whether a value has the curves: [step, loss] pairs, and a dict of numbers or None per epoch."""
+    """Whether a value has the curves: [step, loss] pairs, and for each epoch numbers, or None where there was none."""
     train, epochs = value["train"], value["epochs"]
     return (
-        sum(map(len, epochs)) <= 10**7  # one entry met many times is a small file
+        isinstance(train, list)
+        and isinstance(epochs, list)
+        and sum(map(len, epochs)) <= 10**7  # one entry met many times is a small file
         and all(len(pair) == 2 and all(map(is_number, pair)) for pair in train)
         and all(is_number(entry["step"]) and is_number(entry["val_loss"]) for entry in epochs)
-        and all(map(has_numbers(), epochs))
+        and all(x is None or is_number(x) for entry in epochs for x in entry.values())
     )
 
 
@@ -142,13 +143,15 @@ CONTENTS: dict[str, Callable[[Any], bool]] = {  # dotted keys; a missing value c
     "diffusion_config.timesteps": is_integer(100_000, 1),
     "diffusion_config.schedule": is_a(str),
     "diffusion_config.noise_offset": lambda value: is_number(value) and 0 <= value <= 100,
+    **dict.fromkeys(("args.batch_size", "args.grad_accum"), is_integer(4096, 1)),
+    "args.cfg_drop_prob": lambda value: value is None or is_number(value),
     "args.seed": is_integer(2**63 - 1),
     "args.val_ratio": is_number,
     **dict.fromkeys(("args.data_root", "args.cache_dir"), is_a(str, type(None))),
     "args.max_videos": lambda value: value is None or is_integer(2**31, 2)(value),
     "args.processes": lambda value: value is None or is_integer(2**20, 1)(value),
     "history": is_history,
-    "history.sums": lambda value: has_numbers()(value | {"grad_norm": None}),  # that alone may be infinite
+    "history.sums": lambda value: has_numbers()(value | {"grad_norm": 0}),  # that alone may be infinite
     "history.sums.grad_norm": is_a(float, type(None)),
 }
 
@@ -157,8 +160,15 @@ def check_contents(state: dict[str, Any], path: Path) -> None:
     """Refuse a checkpoint that sampling or resuming could not use, in a ValueError that names the file and the key."""
     for key, holds in CONTENTS.items():
         try:
-            sound = holds(reduce(dict.get, key.split("."), state))
-        except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
+            sound = bool(holds(reduce(dict.get, key.split("."), state)))
+        except (
+            LookupError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            OverflowError,
+            RuntimeError,
+        ):  # torch's are the last
             sound = False
         if not sound:
             raise ValueError(f"{path}: {key} is missing or out of range")
