@@ -146,8 +146,13 @@ def generate(
     return torch.cat(middles)
 
 
-def save_sample(folder: Path, contexts: Contexts, clip: int, middle: Tensor, args: argparse.Namespace) -> None:
-    """Write one generated clip in every form, its middle uint8 [C,M,H,W] between the untouched observed frames."""
+def save_sample(
+    folder: Path, contexts: Contexts, clip: int, middle: Tensor, fps: int, facts: dict[str, Any]
+) -> dict[str, float] | None:
+    """Write one generated clip in every form, its middle uint8 [C,M,H,W] between the untouched observed frames.
+
+    Returns: PSNR in dB of the middle and of the cross-fade, which sample.json has too; None where the truth is unknown.
+    """
     start, end = contexts.start[clip], contexts.end[clip]
     whole = join_clip(start[None], middle[None], end[None])[0]  # [C,T,H,W]
     frames = folder / "frames"
@@ -156,22 +161,21 @@ def save_sample(folder: Path, contexts: Contexts, clip: int, middle: Tensor, arg
         old.unlink()
     for i, frame in enumerate(whole.unbind(1)):
         save_png(frames / f"{i:03d}.png", frame)
-    save_mp4(folder / "sample.mp4", whole, args.fps)
-    save_gif(folder / "sample.gif", whole, args.fps)
+    save_mp4(folder / "sample.mp4", whole, fps)
+    save_gif(folder / "sample.gif", whole, fps)
     for name, context in (("start_context", start), ("end_context", end)):
         save_png(folder / f"{name}.png", torch.cat(list(context.unbind(1)), dim=2))  # frames side by side
-    truth = [] if contexts.middle is None else [join_clip(start[None], contexts.middle[clip][None], end[None])[0]]
-    observed = observed_frames(whole.shape[1], args.endpoint_context)
-    save_png(folder / "sheet.png", contact_sheet([*truth, whole], observed))
-
-
-def score(contexts: Contexts, clip: int, middle: Tensor) -> dict[str, float] | None:
-    """PSNR in dB of one generated middle and of the cross-fade; None where the truth is not known."""
-    if contexts.middle is None:
-        return None
-    truth, start, end = (to_float(part[clip : clip + 1]) for part in (contexts.middle, contexts.start, contexts.end))
-    faded = cross_fade(start, end, truth.shape[2])
-    return {"psnr": psnr(to_float(middle[None]), truth).item(), "psnr_cross_fade": psnr(faded, truth).item()}
+    rows, scores = [whole], None
+    if contexts.middle is not None:
+        truth = contexts.middle[clip]
+        rows.insert(0, join_clip(start[None], truth[None], end[None])[0])
+        faded = cross_fade(to_float(start[None]), to_float(end[None]), truth.shape[1])
+        scores = {"psnr": middle, "psnr_cross_fade": to_uint8(faded[0])}
+        scores = {name: psnr(to_float(m[None]), to_float(truth[None])).item() for name, m in scores.items()}
+    save_png(folder / "sheet.png", contact_sheet(rows, observed_frames(whole.shape[1], start.shape[1])))
+    about = {"source": contexts.sources[clip], "clip": clip, "scores": scores}
+    save_json(folder / "sample.json", facts | about)
+    return scores
 
 
 def score_text(scores: dict[str, float]) -> str:
@@ -198,10 +202,8 @@ def sample(args: argparse.Namespace) -> None:
         for clip in range(clips):
             alone = clips == args.num_samples == 1
             folder = out_dir if alone else out_dir / f"clip_{clip:03d}_sample_{n:03d}"
-            save_sample(folder, contexts, clip, middles[clip], args)
-            scores.append(score(contexts, clip, middles[clip]))
-            about = {"source": contexts.sources[clip], "clip": clip, "sample": n}
-            save_json(folder / "sample.json", facts | about | {"scores": scores[-1], "seconds": seconds})
+            about = facts | {"sample": n, "seconds": seconds}
+            scores.append(save_sample(folder, contexts, clip, middles[clip], args.fps, about))
             print(f"{folder}: {score_text(scores[-1])}" if scores[-1] else folder)
     if len(scores) > 1 and all(scores):
         mean = {name: sum(entry[name] for entry in scores) / len(scores) for name in scores[0]}

@@ -347,7 +347,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     schedule = DiffusionSchedule(args.timesteps, args.beta_schedule).to(device)
     if checkpoint:
         restore(state, checkpoint, clips_per_step, epoch_steps, source)
-    distributed.check_consistency(f"{out_dir / 'last.pt'}: the step", state.step)
+    distributed.check_consistency(f"{source or out_dir}: the step", state.step)
     state.plan_steps(args, epoch_steps)
     if state.finished:
         print0(

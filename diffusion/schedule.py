@@ -55,11 +55,6 @@ class DiffusionSchedule:
         alpha_bar = self.alpha_bar[t.to(self.alpha_bar.device)].view(-1, *[1] * (like.dim() - 1))
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
-    def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise power ratio alpha_bar / (1 - alpha_bar), the shape of t, float64."""
-        alpha_bar = self.alpha_bar[t.to(self.alpha_bar.device)]
-        return alpha_bar / (1 - alpha_bar)
-
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Noisy frames x_t = alpha_t * x0 + sigma_t * eps."""
         alpha_t, sigma_t = self.alpha_sigma(t, x0)
@@ -74,11 +69,6 @@ class DiffusionSchedule:
         """Clean frames x0 = alpha_t * x_t - sigma_t * v implied by a velocity; near [-1, 1] but not clamped."""
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         return alpha_t * x_t - sigma_t * v
-
-    def eps_from_v(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Noise eps = sigma_t * x_t + alpha_t * v implied by a velocity."""
-        alpha_t, sigma_t = self.alpha_sigma(t, x_t)
-        return sigma_t * x_t + alpha_t * v
 
     def eps_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """Noise eps = (x_t - alpha_t * x0) / sigma_t that leads from given clean frames to x_t."""

@@ -113,15 +113,12 @@ class Evaluator:
                     name = printable(videos[line["clip"]].name)
                     tqdm.write(f"could not read {name} ({line['failure']}); it is left out")
                 clips = {i: read for i, read in reads.items() if torch.is_tensor(read)}
-                lines, features = self.score(clips, bar.update) if clips else ([], {})
+                lines, features = self.score(clips, bar) if clips else ([], {})
                 results.add([*lines, *failed], features)
         results.tidy()
 
-    def score(self, clips: Mapping[int, Tensor], advance: Callable[[int], Any]) -> tuple[list[dict], dict[int, dict]]:
-        """Lines for per_clip.jsonl, and the FVD features by clip and method, of clips uint8 [C,T,H,W] by number.
-
-        `advance` is told how many samples have been scored.
-        """
+    def score(self, clips: Mapping[int, Tensor], bar: tqdm) -> tuple[list[dict], dict[int, dict]]:
+        """Lines for per_clip.jsonl, and the FVD features by clip and method, of clips uint8 [C,T,H,W] by number."""
         batch = to_float(torch.stack(list(clips.values()))).to(self.device)
         start, truth, end = split_clip(batch, self.endpoint_context)
         lines, features = [{"clip": number, "methods": {}} for number in clips], {}
@@ -142,7 +139,7 @@ class Evaluator:
                 if self.i3d is not None:
                     whole = join_clip(clip[1], samples, clip[2])
                     features[line["clip"]][method.name] = np.stack([self.i3d(sample[None])[0] for sample in whole])
-                advance(len(samples))
+                bar.update(len(samples))
         return lines, features
 
     def generate(self, method: Method, start: Tensor, end: Tensor, numbers: Sequence[int]) -> tuple[Tensor, float]:

@@ -61,10 +61,7 @@ class I3D:
 
     @torch.no_grad()
     def __call__(self, clips: Tensor) -> np.ndarray:
-        """Features [B,D] of clips [B,C,T,H,W] in [-1, 1], T of 9 or more.
-
-        Every frame is resized bilinearly to 224 pixels, gray is repeated, and the network is told that both are done.
-        """
+        """Features [B,D] of clips [B,C,T,H,W] in [-1, 1], T of 9 or more; gray is repeated."""
         b, t = clips.shape[0], clips.shape[2]
         frames = clips.expand(-1, 3, -1, -1, -1).transpose(1, 2).flatten(0, 1)  # [B*T,3,H,W]
         frames = F.interpolate(frames, size=(I3D_SIZE, I3D_SIZE), mode="bilinear", align_corners=False)

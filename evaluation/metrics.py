@@ -90,10 +90,7 @@ def diversity(samples: Tensor) -> float:
 
 
 def lpips(network: nn.Module, frames: Tensor, truth: Tensor) -> Tensor:
-    """Learned perceptual distance of clips [B,C,T,H,W] in [-1, 1], the mean over frames, [B]; lower is better.
-
-    AlexNet v0.1 at 128 pixels, through torchmetrics. Source: Zhang et al. 2018, arXiv:1801.03924.
-    """
+    """Learned perceptual distance of clips [B,C,T,H,W] in [-1, 1], [B]. Source: Zhang et al. 2018, arXiv:1801.03924."""
     pair = []
     for clip in (frames, truth):
         pictures = to_uint8(clip).transpose(1, 2).flatten(0, 1).expand(-1, 3, -1, -1)  # [B*T,3,H,W]
@@ -114,10 +111,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> list[dict]:
-        """A dict of scores per clip: psnr, psnr_clip, psnr_frames (a list), ssim, lpips, temporal_l1.
-
-        The generated `middle` and the truth are [B,C,M,H,W] in [-1, 1], the contexts [B,C,K,H,W].
-        """
+        """Per clip: psnr, psnr_clip, psnr_frames (a list), ssim, lpips, temporal_l1; frames [B,C,.,H,W] in [-1, 1]."""
         columns: dict[str, Tensor] = {}
         if "psnr" in self.metrics:
             frames = frame_psnr(middle, truth)

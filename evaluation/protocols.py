@@ -5,7 +5,6 @@ from typing import Any
 
 PROTOCOLS = ("native", "mcvd")
 
-
 # The interpolation table of MCVD (Voleti et al. 2022, arXiv:2205.09853), BAIR 64x64, entered from notes.
 COLUMNS = ("method", "frames", "best_of", "psnr", "ssim")  # frames given -> generated, best of so many samples, dB
 ROWS = (
@@ -45,10 +44,10 @@ def rules(protocol: str, scores: Collection[str]) -> list[str]:
     return [*lines, "only generated frames are scored; [low, high]: 95 % bootstrap interval over clips"]
 
 
-def differences_from_mcvd(settings: dict[str, Any], clips: int, trained_frames: int | None) -> list[str]:
+def differences_from_mcvd(settings: dict[str, Any], clips: int) -> list[str]:
     """What still differs from how the published rows were taken, so that nobody has to guess.
 
-    `settings` has the names of `MCVD`, num_samples, window and data_root; `trained_frames` is T in training, if any.
+    `settings` has the names of `MCVD`, num_samples, window, data_root, and trained_frames: T in training, if any.
     """
     found = [f"{name} is {settings[name]}, not {value}" for name, value in MCVD.items() if settings[name] != value]
     if clips != MCVD_CLIPS:
@@ -58,8 +57,8 @@ def differences_from_mcvd(settings: dict[str, Any], clips: int, trained_frames: 
         found.append(f"{settings['num_samples']} samples per clip, where the published rows take 10 and 100")
     random = "random windows of our own seed; MCVD's are those of its own loader, seed 1234"
     found.append(random if settings["window"] == "random" else f"windows are {settings['window']}, not random")
-    if trained_frames not in (None, MCVD["num_frames"]):
-        found.append(f"the model was trained on clips of {trained_frames} frames, not 9")
+    if settings["trained_frames"] not in (None, MCVD["num_frames"]):
+        found.append(f"the model was trained on clips of {settings['trained_frames']} frames, not 9")
     return [
         *found,
         "FVD, if any, is of 9 frames; MCVD's code takes it from 10 on and prints none for this task",

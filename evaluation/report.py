@@ -19,6 +19,9 @@ from evaluation.results import SCORES, PerClipResults, Row, error_by_position, s
 from utils.io import atomic_write, observed_frames, save_json, save_training_curves, side_by_side
 from utils.video_utils import cross_fade, join_clip, split_clip, to_float, to_uint8
 
+Report = dict[str, Any]  # what an evaluation says: metrics.json, of which table and page are made
+Curves = dict[str, tuple[Sequence[float], Sequence[float]]]  # name: x and y
+
 ANIMATION_FPS = 6
 COLUMNS = {  # score -> (title, decimals)
     "psnr": ("PSNR, dB", 2),
@@ -38,9 +41,6 @@ th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; } figure { margin: 1.5rem 0; } figcaption, li, details { color: #555; }
 img { width: 38rem; max-width: 100%; image-rendering: pixelated; } svg { max-width: 100%; height: auto; }
 """
-
-
-Report = dict[str, Any]  # what an evaluation says: metrics.json, of which table and page are made
 
 
 def make_report(
@@ -69,7 +69,7 @@ def make_report(
         "title": f"{len(lines)} clips of {shown}, protocol {protocol}",
         "rows": rows,
         "protocol": protocol,
-        "differences": differences_from_mcvd(settings, len(lines), settings["trained_frames"]) if published else [],
+        "differences": differences_from_mcvd(settings, len(lines)) if published else [],
         "failures": failures,
         "frames": list(range(k, t - k)),  # those that are generated
         "positions": {name: error_by_position(lines, name) for name in names} if "psnr" in scores else {},
@@ -78,9 +78,7 @@ def make_report(
     }
 
 
-def write_report(
-    report: Report, out_dir: Path, pictures: str, history: dict[str, Any] | None, facts: dict[str, Any]
-) -> None:
+def write_report(report: Report, out_dir: Path, pictures: str, history: dict | None, facts: dict) -> None:
     """Print the table and write table.md, metrics.json, report.html and, of a sweep, its plot.
 
     `pictures` are HTML, `history` is that of training, if any, `facts` are settings, versions and fingerprints.
@@ -108,9 +106,7 @@ def as_markdown(report: Report) -> str:
     return "\n".join([*text, ""])
 
 
-def as_page(
-    report: Report, pictures: str, plot: str | None, history: dict[str, Any] | None, facts: dict[str, Any]
-) -> str:
+def as_page(report: Report, pictures: str, plot: str | None, history: dict | None, facts: dict) -> str:
     """The whole page, which loads nothing: table, clips, plots and settings; arguments as `write_report`."""
     sections = {"Scores": html_table(table_cells(report["rows"])) + bullet_list(report["rules"])}
     if report["failures"]:
@@ -186,9 +182,6 @@ def html_table(cells: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><tr>{head.replace("td>", "th>")}</tr>\n{rows}</table></div>'
 
 
-Curves = dict[str, tuple[Sequence[float], Sequence[float]]]  # name: x and y
-
-
 def line_plots(panels: dict[str, Curves], xlabel: str, log_x: bool = False) -> str | None:
     """Named curves side by side, a panel per quantity, as an SVG element; None where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
@@ -225,8 +218,7 @@ def quality_against_work(report: Report) -> str | None:
                 curve = re.sub(r" \d+", "", row.method.removeprefix("ours, "), count=1)  # any number of steps
                 points.setdefault(curve, []).append((row.nfe, row.scores[score].mean))
         if max(map(len, points.values()), default=0) >= 2:
-            curves = {name: tuple(zip(*sorted(values), strict=True)) for name, values in points.items()}
-            panels[COLUMNS[score][0]] = curves
+            panels[COLUMNS[score][0]] = {name: tuple(zip(*sorted(xy), strict=True)) for name, xy in points.items()}
     return line_plots(panels, "network forwards per sample", log_x=True) if panels else None
 
 

@@ -24,9 +24,8 @@ class PerClipResults:
     run was stopped at, with the same batch size the scores become those of an undisturbed run, bit for bit. Lines of
     clips that are not asked for now are kept.
 
-    Args:
-        settings: everything that changes a score; results of others are refused, unless to `overwrite`.
-        clips: what identifies each clip (name, sha256, first frame); a line of another clip is not used.
+    `settings` are all that changes a score: results of others are refused, unless to `overwrite`. `clips` says what
+    identifies each clip (name, sha256, first frame): a line of another clip is not used.
     """
 
     def __init__(self, out_dir: Path, settings: dict[str, Any], clips: Sequence[dict[str, Any]], overwrite: bool):
