@@ -73,17 +73,13 @@ def build_parser() -> Parser:
     flags.add_clip_flags(parser.add_argument_group("clip"))
 
     add = parser.add_argument_group("scores").add_argument
-    published = "native, or mcvd: the published interpolation protocol, 2 + 2 frames -> 5, so --T 9"
-    add("--protocol", choices=PROTOCOLS, default="native", help=published)
+    add("--protocol", choices=PROTOCOLS, default="native", help="mcvd: the published one, 2 + 2 frames -> 5, so --T 9")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="what to measure")
-    baselines = "rows beside the model's; may be none"
-    add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), help=baselines)
-    i3d = "I3D network in TorchScript (i3d_torchscript.pt) for FVD; None = no FVD"
-    add("--fvd_weights", type=nonempty_path, metavar="PT", help=i3d)
+    add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), help="rows beside ours; may be none")
+    add("--fvd_weights", type=nonempty_path, metavar="PT", help="I3D in TorchScript, i3d_torchscript.pt; None = no FVD")
 
     group = parser.add_argument_group("sampler")
-    samples = "different middles for each clip; None = 1, or 10 under mcvd"
-    group.add_argument("--num_samples", type=positive_int, help=samples)
+    group.add_argument("--num_samples", type=positive_int, help="middles for each clip; None = 1, or 10 under mcvd")
     presets = {name: describe_settings(settings) for name, settings in SAMPLER_PRESETS.items()}
     flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets, several=True)
     return parser

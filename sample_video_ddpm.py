@@ -47,8 +47,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("contexts").add_argument
     add("--start_images", nargs="+", metavar="PNG", help="the K first frames in time order; with --end_images")
     add("--end_images", nargs="+", metavar="PNG", help="the K last frames in time order")
-    held_out = "without images: contexts of held-out clips of this folder; None = the checkpoint's own data"
-    add("--data_root", type=nonempty_path, help=held_out)
+    add("--data_root", type=nonempty_path, help="without images: use held-out clips of it; None = those of training")
     add("--num_clips", type=positive_int, default=1, help="held-out clips, evenly chosen")
     add("--cache_dir", type=nonempty_path, help="folder for the file index and built-in clips; None = as in training")
     flags.add_clip_flags(parser.add_argument_group("clip"))

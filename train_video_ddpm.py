@@ -104,8 +104,7 @@ def build_parser() -> Parser:
     add("--color_mode", choices=("rgb", "gray"), default="rgb", help="3 channels or 1")
 
     add = parser.add_argument_group("model").add_argument
-    widths = "width of the first level, a multiple of 4; 3 * 2^n (24, 48, 96) keeps norms from erasing the time"
-    add("--base_channels", type=positive_int, default=96, help=widths)
+    add("--base_channels", type=positive_int, default=96, help="width of the first level; best 3 * 2^n (24, 48, 96)")
     add("--channel_mults", type=positive_int, nargs="+", default=[1, 2, 4], help="level widths in --base_channels")
     add("--res_blocks", type=positive_int, default=2, help="residual blocks per level and direction")
     levels = "levels with temporal attention, 0 = full size; the bottleneck always has it"
@@ -116,8 +115,7 @@ def build_parser() -> Parser:
     add("--beta_schedule", choices=SCHEDULES, default="cosine", help="shape of the noise schedule")
     drop = "chance of zeroing both contexts of a clip, so guidance has an unconditional branch; 0 = never"
     add("--cfg_drop_prob", type=flags.probability, default=0.08, metavar="P", help=drop)
-    temporal = "weight of the L1 between predicted and true frame differences; 0 = none"
-    add("--temporal_loss_weight", type=non_negative_float, default=0.05, help=temporal)
+    add("--temporal_loss_weight", type=non_negative_float, default=0.05, help="L1 on frame differences; 0 = none")
     offset = "deviation of a constant added to the noise per clip and channel; 0 = none"
     up_to_100 = flags.ranged(float, "a number in [0, 100]", lambda value: 0 <= value <= 100)
     add("--noise_offset", type=up_to_100, default=0.0, help=offset)
@@ -135,8 +133,7 @@ def build_parser() -> Parser:
     add("--amp", **switch(True), help="autocast the network on CUDA; does nothing elsewhere")
     add("--amp_dtype", choices=("auto", "bf16", "fp16"), default="auto", help="auto = bf16 where the GPU has it")
     add("--channels_last", **switch(None), help="channels innermost in memory; None = on a CPU, where it is faster")
-    recompute = "recompute activations in the backward pass: less memory for long or large clips, a third more work"
-    add("--activation_checkpointing", **switch(False), help=recompute)
+    add("--activation_checkpointing", **switch(False), help="recompute activations: less memory, a third more work")
     add("--compile", **switch(False), help="torch.compile the training forward")
 
     add = parser.add_argument_group("validation and previews").add_argument

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
+import torch
 
 from data.video_index import Video
 from evaluation.evaluator import Evaluator
 from evaluation.metrics import HIGHER_IS_BETTER
 from evaluation.protocols import PUBLISHED, differences_from_mcvd, rules
 from evaluation.results import SCORES, PerClipResults, Row, error_by_position, summarise
-from utils.io import atomic_write, observed_frames, save_json, save_training_curves, side_by_side
+from utils.io import atomic_write, bordered, observed_frames, save_json, save_training_curves
 from utils.video_utils import cross_fade, join_clip, split_clip, to_float, to_uint8
 
 Report = dict[str, Any]  # what an evaluation says: metrics.json, of which table and page are made
@@ -247,7 +248,8 @@ def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipRe
         start, truth, end = split_clip(to_float(clip[None]).to(evaluator.device), k)
         middles = (truth, method.generate(start, end, [(number, 0)]), cross_fade(start, end, truth.shape[2]))
         wholes = [to_uint8(join_clip(start, middle, end))[0] for middle in middles]
-        frames = side_by_side(wholes, observed_frames(clip.shape[1], k)).permute(1, 2, 3, 0)  # [T,H,W,3]
+        frames = torch.cat([bordered(whole, observed_frames(clip.shape[1], k)) for whole in wholes], dim=3)
+        frames = frames.permute(1, 2, 3, 0)  # [T,H,3W,3]
         quality = f", {COLUMNS[score][0]}: {scores[number][score]:.{COLUMNS[score][1]}f}" if score else ""
         caption = f"{title}: {source['name']}{quality} - truth, {method.name}, cross-fade (orange = given)"
         file = io.BytesIO()  # an animated PNG: lossless, unlike a GIF

@@ -119,6 +119,23 @@ def test_a_run_goes_on_in_another_memory_layout(train):
         assert (one - other).abs().sum() <= 0.05 * one.abs().sum() + 1e-6
 
 
+def test_ema_copies_the_weights_at_first_and_decays_towards_them_then(train, monkeypatch):
+    weights = []
+
+    def step_and_remember(state, *rest):
+        train_step(state, *rest)
+        weights.append(state.model.time_mlp[0].weight.detach().clone())
+
+    monkeypatch.setattr(train_video_ddpm, "train_step", step_and_remember)
+    out = train("a", "--max_steps 4 --ema_decay 0.75 --ema_update_after_step 2")
+    expected = weights[1]
+    for later in weights[2:]:
+        expected = 0.75 * expected + 0.25 * later
+    # three float32 sums; the weights move by 1e-3 a step, so a wrong decay would be off by 2e-4 or more
+    torch.testing.assert_close(last(out)["ema"]["time_mlp.0.weight"], expected, rtol=0, atol=1e-7)
+    assert (expected - weights[-1]).abs().max() > 1e-4
+
+
 def test_no_step_waits_for_a_number():
     asked = []
 

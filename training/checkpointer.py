@@ -80,31 +80,24 @@ class Checkpointer:
 def load_latest(folder: Path) -> tuple[dict[str, Any], Path]:
     """The checkpoint to go on from, and its file: last.pt, or prev.pt with a loud line where last.pt is damaged.
 
-    Raises: ValueError: naming the file, if neither can be resumed from.
+    Raises: ValueError: naming last.pt, if neither can be resumed from.
     """
-    last, previous = folder / "last.pt", folder / "prev.pt"
-    try:
-        return load_resumable(last), last
-    except ValueError as error:
-        if not previous.is_file():
-            raise
-        checkpoint = load_resumable(previous)
-        print(f"WARNING: {error}: going on from {previous}, step {checkpoint['step']}", file=sys.stderr)
-        return checkpoint, previous
-
-
-def load_resumable(path: Path) -> dict[str, Any]:
-    """A checkpoint whose weights, moments and random state fit its model_config, or a ValueError naming the file."""
-    checkpoint = load_checkpoint(path)
-    check_resumable(checkpoint, path)
-    return checkpoint
+    failures: list[ValueError] = []
+    for path in (folder / "last.pt", folder / "prev.pt"):
+        try:
+            checkpoint = load_checkpoint(path)
+            check_resumable(checkpoint, path)
+        except ValueError as error:
+            failures.append(error)
+            continue
+        if failures:
+            print(f"WARNING: {failures[0]}: going on from {path}, step {checkpoint['step']}", file=sys.stderr)
+        return checkpoint, path
+    raise failures[0]
 
 
 def make_out_dir(out_dir: Path, cache_dir: str, empty: bool) -> None:
-    """Make the run's folder, without what killed processes left behind there and in the cache.
-
-    Raises: ValueError: if it cannot be made.
-    """
+    """Make the run's folder, or ValueError; remove what killed processes left behind there and in the cache."""
     if empty:
         shutil.rmtree(out_dir, ignore_errors=True)
     try:

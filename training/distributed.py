@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 STEP_TIMEOUT = timedelta(minutes=30)
 PREPARATION_TIMEOUT = timedelta(days=1)
 LOST_PEER_SIGNS = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo/transport", "nccl")
-
-Result = TypeVar("Result")
 
 
 class PeerLostError(RuntimeError):
@@ -179,7 +177,7 @@ def worker_init_fn(worker: int) -> None:
 # --- together ---------------------------------------------------------------------------------------------------------
 
 
-def main_process_first(prepare: Callable[[], Result]) -> Result:
+def main_process_first(prepare: Callable[[], Any]) -> Any:
     """prepare() by the first process of all, then by the first of every machine, then by those that find it done."""
     if world_size() == 1:
         return prepare()

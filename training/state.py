@@ -3,7 +3,7 @@
 import argparse
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,15 +146,10 @@ def make_lr_schedule(lr: float, warmup_steps: int, total_steps: int, step: int, 
     return fresh | {"start_step": step, "start_lr": get_lr(step, stored), "warmup_steps": 0}
 
 
-def pick(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Some arguments by name."""
-    return {name: getattr(args, name) for name in names}
-
-
 def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `build_model`."""
     names = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "endpoint_context")
-    return {"image_channels": 1 if args.color_mode == "gray" else 3, **pick(args, names)}
+    return {"image_channels": 1 if args.color_mode == "gray" else 3, **{name: getattr(args, name) for name in names}}
 
 
 def init_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None) -> TrainingState:
@@ -173,6 +168,7 @@ def init_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.
 def to_checkpoint(state: TrainingState, args: argparse.Namespace, epoch_steps: int) -> dict[str, Any]:
     """What `restore` and sampling read: training goes on exactly, and sampling needs no flag."""
     epoch, step_in_epoch = divmod(state.data_step, epoch_steps)
+    diffusion = {"timesteps": args.timesteps, "schedule": args.beta_schedule, "noise_offset": args.noise_offset}
     modules = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer, "scaler": state.scaler}
     return {
         "step": state.step,
@@ -182,8 +178,8 @@ def to_checkpoint(state: TrainingState, args: argparse.Namespace, epoch_steps: i
         "lr_scheduler": state.lr_schedule,
         "rng": {"torch": torch.get_rng_state()},  # for completeness: every draw of ours has a generator of its own
         "model_config": model_config_of(args),
-        "diffusion_config": {"schedule": args.beta_schedule, **pick(args, ("timesteps", "noise_offset"))},
-        "clip_config": pick(args, ("num_frames", "size", "frame_stride", "color_mode")),
+        "diffusion_config": diffusion,
+        "clip_config": {name: getattr(args, name) for name in ("num_frames", "size", "frame_stride", "color_mode")},
         "args": {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS},
         "history": state.history,
         "best_val_loss": state.best_val_loss,
@@ -239,7 +235,7 @@ def check_resumable(checkpoint: dict[str, Any], source: object) -> None:
     if not sound:
         raise ValueError(f"{source}: the optimizer's state does not fit its model_config")
     known = set(torch.amp.GradScaler("cpu").state_dict())
-    if checkpoint["scaler"] and (set(checkpoint["scaler"]) != known or None in checkpoint["scaler"].values()):
+    if checkpoint["scaler"] and set(checkpoint["scaler"]) != known:
         raise ValueError(f"{source}: scaler must hold {', '.join(sorted(known))}")
     rng = checkpoint["rng"]["torch"]
     if rng.dtype != torch.uint8 or rng.shape != torch.get_rng_state().shape:

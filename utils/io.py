@@ -121,11 +121,6 @@ def contact_sheet(rows: Sequence[Tensor], observed: Sequence[bool]) -> Tensor:
     return torch.cat([torch.cat(bordered(clip, observed).unbind(1), dim=2) for clip in rows], dim=1)
 
 
-def side_by_side(clips: Sequence[Tensor], observed: Sequence[bool]) -> Tensor:
-    """Clips uint8 [C,T,H,W] of one shape beside each other in time, bordered: one clip, uint8 [3,T,H',W']."""
-    return torch.cat([bordered(clip, observed) for clip in clips], dim=3)
-
-
 def bordered(clip: Tensor, observed: Sequence[bool]) -> Tensor:
     """A clip uint8 [C,T,H,W], enlarged, each frame with a border that says if it was given: uint8 [3,T,H',W']."""
     tiles = enlarge(clip.cpu().expand(3, -1, -1, -1), clip.shape[-1])
