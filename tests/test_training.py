@@ -136,6 +136,24 @@ def test_ema_copies_the_weights_at_first_and_decays_towards_them_then(train, mon
     assert (expected - weights[-1]).abs().max() > 1e-4
 
 
+def test_each_step_has_its_learning_rate_and_a_bounded_gradient(train, monkeypatch):
+    rates, moved = [], []
+
+    def step_and_measure(state, *rest):
+        weight = state.model.out[-1].weight  # which has a gradient from the first step on
+        before = weight.detach().clone()
+        train_step(state, *rest)
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        moved.append((weight - before).abs().max().item())
+
+    monkeypatch.setattr(train_video_ddpm, "train_step", step_and_measure)
+    for clip in ("0", "1e-12"):
+        train(f"clip {clip}", f"--max_steps 3 --warmup_steps 2 --lr 1e-3 --grad_clip {clip}")
+    assert rates == 2 * [5e-4, 1e-3, 1e-3]
+    # Adam's first step is the learning rate whatever the gradient, unless it drowns in the eps of 1e-8; decay is 1e-5
+    assert moved[0] == pytest.approx(5e-4, rel=0.02) and max(moved[3:]) < 2e-5
+
+
 def test_no_step_waits_for_a_number():
     asked = []
 
