@@ -73,9 +73,9 @@ def build_parser() -> Parser:
     flags.add_clip_flags(parser.add_argument_group("clip"))
 
     add = parser.add_argument_group("scores").add_argument
-    add("--protocol", choices=PROTOCOLS, default="native", help="mcvd: the published one, 2 + 2 frames -> 5, so --T 9")
+    add("--protocol", choices=PROTOCOLS, default="native", help="native, or mcvd: the published one of --T 9")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="what to measure")
-    add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), help="rows beside ours; may be none")
+    add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), help="methods beside ours; may be none")
     add("--fvd_weights", type=nonempty_path, metavar="PT", help="I3D in TorchScript, i3d_torchscript.pt; None = no FVD")
 
     group = parser.add_argument_group("sampler")
@@ -145,7 +145,7 @@ def drop_unavailable(args: argparse.Namespace, log: Callable[[str], None] = prin
 
 
 def choose_videos(args: argparse.Namespace, trained: dict[str, Any] | None, needed: int) -> list[Video]:
-    """The files to score, of `needed` frames or more; args.data_root is settled, too.
+    """The files to score, of `needed` frames or more; args.data_root is resolved, too.
 
     Raises: ValueError: if there are none long enough.
     """
@@ -171,10 +171,7 @@ def choose_videos(args: argparse.Namespace, trained: dict[str, Any] | None, need
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """From flags to the report.
-
-    Raises: ValueError or OSError: for what the user can mend.
-    """
+    """From flags to the report; a ValueError or OSError is for the user to mend."""
     pipe = resolve_args(args)
     drop_unavailable(args)
     trained = pipe.trained if pipe else None

@@ -183,10 +183,7 @@ def score_text(scores: dict[str, float]) -> str:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """From flags to files.
-
-    Raises: ValueError or OSError: for what the user can mend.
-    """
+    """From flags to files; a ValueError or OSError is for the user to mend."""
     pipe, settings = resolve_args(args)
     facts = vars(args) | settings | {"device": str(pipe.device), "checkpoint_step": pipe.trained["step"]}
     facts["nfe"] = forwards_per_clip(pipe.schedule.timesteps, settings)

@@ -88,7 +88,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data_root", type=flags.nonempty_path, help="folder of MP4 files; None = built-in clips, rendered once")
-    add("--val_ratio", type=flags.fraction, default=0.01, help="share of files held out, where no folders say which")
+    add("--val_ratio", type=flags.fraction, default=0.01, help="share of files held out, unless folders split them")
     add("--max_videos", type=positive_int, help="use at most so many files in all; None = every file")
     add("--num_workers", type=non_negative_int, default=4, help="loading processes; 0 = load in the main one")
     add("--cache_videos", **switch(False), help="decode every video once into a memory-mapped file in --cache_dir")
@@ -104,7 +104,7 @@ def build_parser() -> Parser:
     add("--color_mode", choices=("rgb", "gray"), default="rgb", help="3 channels or 1")
 
     add = parser.add_argument_group("model").add_argument
-    add("--base_channels", type=positive_int, default=96, help="width of the first level; best 3 * 2^n (24, 48, 96)")
+    add("--base_channels", type=positive_int, default=96, help="width of level 0, a multiple of 4, best 3 * 2^n")
     add("--channel_mults", type=positive_int, nargs="+", default=[1, 2, 4], help="level widths in --base_channels")
     add("--res_blocks", type=positive_int, default=2, help="residual blocks per level and direction")
     levels = "levels with temporal attention, 0 = full size; the bottleneck always has it"
@@ -115,7 +115,7 @@ def build_parser() -> Parser:
     add("--beta_schedule", choices=SCHEDULES, default="cosine", help="shape of the noise schedule")
     drop = "chance of zeroing both contexts of a clip, so guidance has an unconditional branch; 0 = never"
     add("--cfg_drop_prob", type=flags.probability, default=0.08, metavar="P", help=drop)
-    add("--temporal_loss_weight", type=non_negative_float, default=0.05, help="L1 on frame differences; 0 = none")
+    add("--temporal_loss_weight", type=non_negative_float, default=0.05, help="weight of the L1 on frame differences")
     offset = "deviation of a constant added to the noise per clip and channel; 0 = none"
     up_to_100 = flags.ranged(float, "a number in [0, 100]", lambda value: 0 <= value <= 100)
     add("--noise_offset", type=up_to_100, default=0.0, help=offset)
@@ -175,7 +175,7 @@ def resolve_args(
             was, flag = stored.get(name), "T" if name == "num_frames" else name
             if name in FIXED_FLAGS and value != was:
                 raise ValueError(f"--{flag} is fixed by {source} (got {value}, the checkpoint has {was})")
-            if was not in (None, value):
+            if name in checkpoint["args"] and value != was:
                 print0(f"--{flag} {value} overrides the checkpoint's {was}")
         values |= stored | {"out_dir": str(folder)}  # a run may have been moved
     elif there and not given.get("dry_run"):
@@ -240,9 +240,10 @@ def train_step(
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
-        # where this is 1, the fused step changes nothing
-        state.optimizer.found_inf = (total_loss.isfinite() & norm.isfinite()).logical_not().float()
-        state.optimizer.step()
+        finite = total_loss.isfinite() & norm.isfinite()
+        state.optimizer.found_inf = finite.logical_not().float()  # where this is 1, the fused step changes nothing
+        if device.type != "mps" or finite:  # MPS's may not heed it
+            state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
 
     # Count the step and update EMA.
@@ -314,15 +315,12 @@ def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDat
 
 
 def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: Path | None) -> int:
-    """Train to the end or to a stop signal; returns the exit status.
-
-    Args:
-        checkpoint: to go on from, with its file `source`; None = a fresh run.
+    """Train, from `checkpoint` (of the file `source`) if there is one, to the end or a stop signal; returns the status.
 
     Raises: ValueError or OSError: for what the user can mend. FloatingPointError: if the loss is not finite or
         diverged. PeerLostError: if another process of the run is gone.
     """
-    # Settle device, precision and folder.
+    # Resolve device, precision and folder.
     device = distributed.init_distributed(resolve_device(args.device))
     args.processes = distributed.world_size()
     amp_dtype = choose_amp_dtype(device, args.amp_dtype) if args.amp else None
@@ -372,11 +370,11 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     )
     batches = failures.clips(DataLoader(train_clips, batch_sampler=order, **loading), device)
     mine = distributed.rank_slice(len(val_clips))
-    val_keys = [[(0, j) for j in mine][i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    val_keys = [[(0, j) for j in mine[i : i + args.batch_size]] for i in range(0, len(mine), args.batch_size)]
     val_loader = DataLoader(val_clips, batch_sampler=val_keys, **loading)
     shown = range(0, len(val_clips), math.ceil(len(val_clips) / PREVIEW_CLIPS))
     first = distributed.rank_slice(len(shown)).start
-    reads = [val_clips[0, shown[i]] for i in distributed.rank_slice(len(shown))]
+    reads = [val_clips[0, shown[i]] for i in distributed.rank_slice(len(shown)) if args.vis_every or args.dry_run]
     preview_clips = next(failures.clips([collate(reads)], device)) if reads else None
     pipe = MiddleFramePipeline(state.ema, schedule, vars(args), args.noise_offset, amp_dtype)
 
@@ -430,7 +428,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
                 logger.restart_clock()
     except FloatingPointError as error:
         good = f"the last good checkpoint is {saved}" if saved and saved.is_file() else "no checkpoint was saved yet"
-        raise FloatingPointError(f"after step {state.step}: {error}; {good}") from error
+        good = f"; {good}" if distributed.is_main() else ""  # which alone knows
+        raise FloatingPointError(f"after step {state.step}: {error}{good}") from error
     finally:
         logger.close()
         stop.restore()
@@ -447,8 +446,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status.
 
-    It is 0 for done, 1 for a run that diverged or lost another of its processes, 2 for wrong input, 128 + n for one
-    stopped by signal n.
+    0 = done, 1 = diverged or lost another process, 2 = wrong input, 128 + n = stopped by signal n.
     """
     parser = build_parser()
     try:

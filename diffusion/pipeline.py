@@ -65,7 +65,9 @@ class MiddleFramePipeline:
             compile: torch.compile the network, for many clips of one shape.
         """
         checkpoint, target = load_checkpoint(path), resolve_device(device)
+        config = checkpoint["diffusion_config"]
         try:
+            schedule = DiffusionSchedule(config["timesteps"], config["schedule"])
             model = build_model(checkpoint["model_config"], "meta")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -73,8 +75,6 @@ class MiddleFramePipeline:
         model = model.to(target).set_memory_format().eval()
         if compile:
             model.compile_for_sampling()
-        config = checkpoint["diffusion_config"]
-        schedule = DiffusionSchedule(config["timesteps"], config["schedule"])
         amp_dtype = torch.bfloat16 if amp and choose_amp_dtype(target) is torch.bfloat16 else None
         trained = {name: value for name, value in checkpoint.items() if name not in LEFT_OUT}
         return cls(model, schedule, checkpoint["clip_config"], config["noise_offset"], amp_dtype, trained)
@@ -90,7 +90,8 @@ class MiddleFramePipeline:
         Returns: every combination of the sampler's flags, each as settings of a call.
         Raises: ValueError: naming the argument, the rule and the value.
         """
-        for name, trained in {**self.clip_config, "endpoint_context": self.endpoint_context}.items():
+        for name in ("num_frames", "size", "frame_stride", "color_mode", "endpoint_context"):
+            trained = self.endpoint_context if name == "endpoint_context" else self.clip_config[name]
             given = getattr(args, name)
             if given is None:
                 setattr(args, name, trained)
@@ -155,7 +156,7 @@ def load_frames(frames: Sequence[Any], size: int, color_mode: str) -> Tensor:
 
     Each is a path, a PIL image or an array uint8 [H,W] or [H,W,3]; ValueError if it is anything else.
     """
-    if isinstance(frames, (str, Path)) or not len(frames):
+    if isinstance(frames, str) or not isinstance(frames, (Sequence, np.ndarray)) or not len(frames):
         raise ValueError(f"frames must be a sequence of K images (got {frames!r})")
     pictures = []
     for frame in frames:

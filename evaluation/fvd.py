@@ -67,7 +67,7 @@ class I3D:
         frames = F.interpolate(frames, size=(I3D_SIZE, I3D_SIZE), mode="bilinear", align_corners=False)
         prepared = frames.unflatten(0, (b, t)).transpose(1, 2).to(self.device)  # [B,3,T,224,224]
         try:
-            return self.network(prepared, rescale=False, resize=False, return_features=True).double().cpu().numpy()
+            return self.network(prepared, rescale=False, resize=False, return_features=True).cpu().double().numpy()
         except RuntimeError as error:
             reason = str(error).strip()[-200:]
             raise ValueError(f"--fvd_weights: not the I3D network of {I3D_URL} ({reason})") from error

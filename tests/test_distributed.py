@@ -98,7 +98,7 @@ def terminate():
     signal.raise_signal(signal.SIGTERM)
 
 
-def fail(*_):
+def fail(*_, **__):
     raise ValueError("--data_root: too many reads failed")
 
 
@@ -176,6 +176,11 @@ def test_an_error_of_one_process_ends_the_other(train_on, monkeypatch):
     run = train_on(2, "run", "--max_steps 400", act=at(1, 3, fail))
     assert run.statuses == [1, 2] and run.seconds < 60
     assert "too many reads failed" in run.logs[1] and "another one is gone" in run.logs[0]
+
+    with monkeypatch.context() as patch:  # of the first, before any data is looked at
+        patch.setattr(train_video_ddpm, "make_out_dir", fail)
+        run = train_on(2, "early")
+    assert run.statuses == [2, 1] and run.seconds < 60 and "another one is gone" in run.logs[1]
 
     only_second(monkeypatch, train_video_ddpm, "open_clips", fail)  # while the data is prepared
     run = train_on(2, "prepared")

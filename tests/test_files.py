@@ -245,6 +245,7 @@ def test_a_checkpoint_is_not_believed(tmp_path):
         "nan": {"best_val_loss": float("nan")},
         "huge": {"best_val_loss": 10**400},
         "sums": {"history": {"sums": {"skipped": float("inf")}}},
+        "fraction": {"model_config": {"image_channels": 3.0}},
         "two_colours": {"clip_config": {"color_mode": "gray"}},
     }
     for name, claim in claims.items():
@@ -268,8 +269,24 @@ def test_a_checkpoint_is_not_believed(tmp_path):
     expected |= {"doubles": "may not contain GLOBAL torch DoubleStorage", "listed_format": "format must be 1"}
     expected |= {"bytearray": "may not contain GLOBAL builtins bytearray", "two_colours": "color_mode disagree"}
     expected |= {"renamed": "not a readable checkpoint .UnpicklingError"}
-    keys = {"laughing": "history", "huge": "best_val_loss", "nan": "best_val_loss", "endless": "step", "sums": "sums"}
+    keys = {"fraction": "model_config.image_channels"}
+    keys |= {"laughing": "history", "huge": "best_val_loss", "nan": "best_val_loss", "endless": "step", "sums": "sums"}
     refused(tmp_path, expected | {name: f"{key} is missing or out of range" for name, key in keys.items()})
+
+
+def test_stored_arguments_are_held_to_the_rules_of_flags_and_give_no_command():
+    parser = build_parser()
+    wrong = {
+        "channel_mults": [1, 2, "--dry_run"],
+        "data_root": ["a", "--resume"],
+        "size": True,
+        "hflip": "yes",
+        "lr": -1,
+    }
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"last.pt: its args hold no valid value.*--{name}"):
+            parser.parse_stored({name: value}, "last.pt")
+    assert parser.parse_stored({"help": True, "dry_run": True, "resume": True, "unknown": 1}, "last.pt") == {}
 
 
 def write_pickle(path, body):

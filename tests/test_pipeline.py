@@ -9,7 +9,7 @@ from PIL import Image
 from diffusion.noise import SAMPLE, generator_for
 from diffusion.pipeline import SAMPLER_PRESETS, MiddleFramePipeline
 from diffusion.sampler import sample_middle
-from sample_video_ddpm import main
+from sample_video_ddpm import build_parser, main
 from utils.checkpoint import load_checkpoint
 from utils.io import read_image
 from utils.video_utils import resize_and_crop, to_float, to_uint8
@@ -144,3 +144,13 @@ def test_wrong_input_is_refused_by_name(pipe, wrong):
     ends, settings, message = WRONG[wrong]
     with pytest.raises(ValueError, match=message):
         pipe(*ends, **settings)
+
+
+def test_a_checkpoint_fills_no_flag_but_those_of_clips(pipe):
+    foreign = MiddleFramePipeline(
+        pipe.model, pipe.schedule, {**pipe.clip_config, "start_images": ["/etc/hostname"]}, trained=pipe.trained
+    )
+    args = build_parser().parse_args(["--ckpt", "any.pt"])
+    (settings,) = foreign.resolve_flags(args)
+    assert args.start_images is None and (args.num_frames, args.size, args.endpoint_context) == (8, 16, 2)
+    assert settings == SAMPLER_PRESETS["fast"] | {"clip_x0": True, "dynamic_threshold": False}

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 # vanishes without a word, and for the first look at a large data folder, during which the others wait.
 STEP_TIMEOUT = timedelta(minutes=30)
 PREPARATION_TIMEOUT = timedelta(days=1)
+PREPARATION_GROUP: list[dist.ProcessGroup] = []  # of the one run of this process
 LOST_PEER_SIGNS = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo/transport", "nccl")
 
 
@@ -91,6 +92,8 @@ def init_distributed(device: torch.device) -> torch.device:
     """
     if world_size() == 1:
         return device
+    if device.type == "mps":  # which gloo does not know
+        device = torch.device("cpu")
     if device.type == "cuda":
         count, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
         if device.index is not None:
@@ -102,6 +105,7 @@ def init_distributed(device: torch.device) -> torch.device:
     try:
         # what is on the CPU, such as a signal that came, never waits for a GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
+        PREPARATION_GROUP[:] = [dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)]
     except RuntimeError as error:
         raise ValueError(f"the {world_size()} processes could not meet ({str(error)[:200]})") from error
     return device
@@ -181,12 +185,11 @@ def main_process_first(prepare: Callable[[], Any]) -> Any:
     """prepare() by the first process of all, then by the first of every machine, then by those that find it done."""
     if world_size() == 1:
         return prepare()
-    group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
     mine = 0 if is_main() else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for turn in range(3):
         if turn == mine:
             result = prepare()
-        dist.barrier(group)
+        dist.barrier(PREPARATION_GROUP[0])
     return result
 
 

@@ -23,12 +23,9 @@ from utils.video_utils import to_uint8
 
 
 class Logger:
-    """Writes a run's records, TensorBoard events where asked, and a progress bar or lines.
+    """Writes a run's records, TensorBoard events if given a folder for them, and a progress bar or lines.
 
-    Nothing here ends a run: what cannot be written costs a warning. Lines of metrics.jsonl that are later than `state`,
-    of work that was lost, are removed.
-
-    Raises: ValueError: if TensorBoard is asked for (a folder is given) and not installed.
+    What cannot be written costs a warning, not the run. Lines of metrics.jsonl after `state`, of lost work, go.
     """
 
     def __init__(self, out_dir: Path, state: TrainingState, device: torch.device, tensorboard_dir: Path | None = None):
@@ -98,8 +95,8 @@ class Logger:
         with warn_if_unwritable(stem):
             io.save_png(stem.with_suffix(".png"), sheet)
             io.save_mp4(stem.with_suffix(".mp4"), io.enlarge(video, clip.shape[-1]), fps=8)
-        if self.tensorboard is not None:
-            self.tensorboard.add_image("preview", sheet, step)
+            if self.tensorboard is not None:
+                self.tensorboard.add_image("preview", sheet, step)
 
     def close(self) -> None:
         """Flush what is buffered."""

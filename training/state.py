@@ -105,7 +105,7 @@ class TrainingState:
         return self.step >= self.total_steps or self.data_step >= self.total_data_steps
 
     def plan_steps(self, args: argparse.Namespace, epoch_steps: int) -> None:
-        """Settle how far the run goes and along which learning rates, from where it stands now."""
+        """Decide how far the run goes and along which learning rates, from where it stands now."""
         self.total_data_steps = self.data_step + 2 if args.dry_run else args.epochs * epoch_steps
         # steps and data steps differ once a run went on with other clips per step: the latter say what is left
         self.total_steps = self.step + max(0, self.total_data_steps - self.data_step)

@@ -77,10 +77,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(self.in_flags(message).split())}\n")
 
     def in_flags(self, message: str) -> str:
-        """Replace "num_frames" by "--T" and the like: the NAME of "NAME must", and every name with a "_"."""
+        """In "NAME must ..." or "NAME may ...", replace NAME and all names with a "_", as "num_frames" by "--T"."""
         flags = {action.dest: action.option_strings[0] for action in self._actions}
-        first = re.match(r"(\w+) must ", message)
-        names = [name for name in flags if "_" in name or (first and first[1] == name)]
+        first = re.match(r"(\w+) (must|may) ", message)
+        if first is None:
+            return message
+        names = [name for name in flags if "_" in name or first[1] == name]
         return re.sub(rf"(?<![\w/.'-])({'|'.join(names)})(?![\w/.'-])", lambda match: flags[match[1]], message)
 
     def parse_given(self, argv: Sequence[str] | None) -> dict[str, Any]:
@@ -96,13 +98,16 @@ class Parser(argparse.ArgumentParser):
         words: list[str] = []
         for action in self._actions:
             value, flag = values.get(action.dest), action.option_strings[0]
-            if isinstance(value, bool):
+            is_switch = isinstance(action, argparse.BooleanOptionalAction)
+            if value is None or (action.nargs == 0 and not is_switch):  # what a command does is no file's to say
+                continue
+            if is_switch and isinstance(value, bool):
                 words.append(flag if value else f"--no-{flag.removeprefix('--')}")
-            elif isinstance(value, (list, tuple)) and all(isinstance(entry, (int, float, str)) for entry in value):
+            elif action.nargs in ("+", "*") and isinstance(value, list) and all(type(x) in (int, float) for x in value):
                 words += [flag, *map(str, value)]
-            elif isinstance(value, (int, float, str)):
+            elif not is_switch and action.nargs is None and type(value) in (int, float, str):
                 words.append(f"{flag}={value}")
-            elif value is not None:
+            else:
                 raise ValueError(f"{source}: its args hold no valid value for {flag}")
         self.stored_in = source
         try:
@@ -156,7 +161,7 @@ def add_sampler_flags(
     add("--preset", choices=tuple(presets), **grid, help=preset)
     sampler = f"ddim, or dpmpp_2m: second order, DPM-Solver++(2M); None = the preset's{each}"
     add("--sampler", choices=tuple(samplers), **grid, help=sampler)
-    add("--steps", type=positive_int, **grid, help=f"sampler steps, at most --timesteps; None = the preset's{each}")
+    add("--steps", type=positive_int, **grid, help=f"sampler steps; None = the preset's{each}")
     spacing = "linspace = evenly, quadratic = closer together towards clean frames, trailing = evenly, ending a stride"
     add("--spacing", choices=tuple(spacings), help=f"timesteps visited: {spacing} above clean; None = the preset's")
     scale = "weight of the contexts: 1 = plain conditional (one forward per step), above 1 = guided, 0 = ignored"

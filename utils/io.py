@@ -196,6 +196,8 @@ def remove_stale_temporaries(folder: Path, untouched: float = 0.0) -> None:
     """
     for path in folder.glob(".*.tmp"):
         process = path.name.split(".")[-2]
+        if os.name == "nt":  # where asking for a process may interrupt it
+            return
         if process.isdecimal() and not is_running(int(process)) and time.time() - path.stat().st_mtime >= untouched:
             path.unlink(missing_ok=True)
 
