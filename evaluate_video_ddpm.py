@@ -73,7 +73,7 @@ def build_parser() -> Parser:
     flags.add_clip_flags(parser.add_argument_group("clip"))
 
     add = parser.add_argument_group("scores").add_argument
-    add("--protocol", choices=PROTOCOLS, default="native", help="native, or mcvd: the published one of --T 9")
+    add("--protocol", choices=PROTOCOLS, default="native", help="native, or mcvd: the published one, 9 frames")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="what to measure")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), help="methods beside ours; may be none")
     add("--fvd_weights", type=nonempty_path, metavar="PT", help="I3D in TorchScript, i3d_torchscript.pt; None = no FVD")

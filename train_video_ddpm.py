@@ -402,7 +402,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
                     state.history["train"].append([state.step, loss])
                 logger.log_train(state, state.data_step / epoch_steps, loss, norm)
 
-            # Validate, preview and save the best at the end of an epoch.
+            # Validate and preview at the end of an epoch.
             stopped_by, due = distributed.all_reduce_max(stop.signal, bool(checkpointer.due(state.step)))
             epoch_ends = state.data_step % epoch_steps == 0 or state.finished
             if epoch_ends:
@@ -416,13 +416,13 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
                     entry |= preview(pipe, preview_clips, first, args, log)
                 state.history["epochs"].append(entry)
                 logger.log_epoch(entry, args.epochs, state)
-                state.history["sums"] = state.metrics.read()
-                checkpointer.save_best(state, val_loss)
 
             # Save at the end of an epoch, when due, and before stopping: while our handlers stand, as another process's
             # signal may come to this one only now.
             if epoch_ends or due or stopped_by:
                 state.history["sums"] = state.metrics.read()  # in every process, so that a lost run ends in all of them
+                if epoch_ends:
+                    checkpointer.save_best(state, val_loss)
                 if checkpointer.save_last(state) is not False:
                     saved = out_dir / "last.pt"
                 logger.restart_clock()

@@ -139,6 +139,7 @@ class MiddleFramePipeline:
             num_middle: frames to generate; None = as in training.
             num_samples: different middles for each clip.
             generator: one for all, or one per clip and sample; None = torch's global one.
+            callback: called at every step, see `sample_middle`.
             settings: of `sampler_settings`, such as preset, steps or guidance_scale; ValueError if out of range.
         """
         if num_samples < 1:

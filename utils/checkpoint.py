@@ -161,14 +161,7 @@ def check_contents(state: dict[str, Any], path: Path) -> None:
     for key, holds in CONTENTS.items():
         try:
             sound = bool(holds(reduce(dict.get, key.split("."), state)))
-        except (
-            LookupError,
-            TypeError,
-            AttributeError,
-            ValueError,
-            OverflowError,
-            RuntimeError,
-        ):  # torch's are the last
+        except LOAD_ERRORS:  # of a rule that met another kind of value
             sound = False
         if not sound:
             raise ValueError(f"{path}: {key} is missing or out of range")
