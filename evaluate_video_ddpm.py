@@ -24,7 +24,6 @@ from diffusion.pipeline import (
     describe_settings,
 )
 from diffusion.sampler import SAMPLERS, SPACINGS
-from evaluation.baselines import BASELINES, missing_package
 from evaluation.evaluator import ClipReader, Evaluator, baseline_method, pipeline_method
 from evaluation.fvd import I3D, I3D_URL, MIN_FRAMES
 from evaluation.metrics import METRICS, Scorer, alexnet_path, missing_for
@@ -34,6 +33,7 @@ from evaluation.results import PerClipResults
 from utils import flags
 from utils.device import describe_machine, explain_oom, resolve_device
 from utils.flags import Parser, nonempty_path, positive_int
+from utils.interpolators import INTERPOLATORS, missing_package
 from utils.io import file_sha256
 from utils.video_utils import middle_length
 
@@ -75,7 +75,13 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("scores").add_argument
     add("--protocol", choices=PROTOCOLS, default="native", help="native, or mcvd: the published one, 9 frames")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="what to measure")
-    add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), help="methods beside ours; may be none")
+    add(
+        "--baselines",
+        nargs="*",
+        choices=INTERPOLATORS,
+        default=list(INTERPOLATORS),
+        help="methods beside ours; may be none",
+    )
     add("--fvd_weights", type=nonempty_path, metavar="PT", help="I3D in TorchScript, i3d_torchscript.pt; None = no FVD")
 
     group = parser.add_argument_group("sampler")
@@ -112,6 +118,8 @@ def resolve_args(args: argparse.Namespace) -> MiddleFramePipeline | None:
     args.sampling = []
     if pipe:
         args.sampling = pipe.resolve_flags(args)
+        if pipe.predictor != "none" and not any(settings["steps"] == 0 for settings in args.sampling):
+            args.sampling.append(args.sampling[0] | {"steps": 0})  # what is refined: the predictor alone
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -130,7 +138,8 @@ def drop_unavailable(args: argparse.Namespace, log: Callable[[str], None] = prin
         reasons["fvd"] = f"fvd is left out: I3D needs clips of {MIN_FRAMES} frames or more (got --T {args.num_frames})"
     if args.num_samples == 1:
         reasons["diversity"] = "diversity is left out: it needs --num_samples 2 or more"
-    absent = {name: missing_package(name) for name in args.baselines}
+    missing = {name: missing_package(name) for name in args.baselines}
+    absent = {name: reason and f"baseline {name} is left out: {reason}" for name, reason in missing.items()}
     if find_spec("matplotlib") is None:
         log("plots are left out: they need pip install matplotlib")
     for name, reason in [*reasons.items(), *absent.items()]:

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,10 @@ from data.kinetics_video_dataset import (
 )
 from data.synthetic_videos import make_synthetic_videos
 from data.video_index import clip_span, prepare_videos
-from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise, validation_sum
-from diffusion.noise import PREVIEW, TRAIN, generator_for
-from diffusion.pipeline import MiddleFramePipeline
+from diffusion.loss import drop_contexts, sample_training_noise
+from diffusion.noise import TRAIN, generator_for
+from diffusion.pipeline import PREDICTORS, MiddleFramePipeline, resolve_scale
+from diffusion.residual import Predictor
 from diffusion.schedule import SCHEDULES, DiffusionSchedule
 from models.video_unet3d import build_model, check_size
 from training import distributed
@@ -44,24 +45,29 @@ from training.state import (
     TrainingState,
     get_lr,
     init_state,
+    loss_per_clip,
     model_config_of,
     probe_loss,
     restore,
     to_checkpoint,
     update_ema,
 )
+from training.validation import measure_scale, preview, validate
 from utils import flags
 from utils.device import autocast, choose_amp_dtype, explain_oom, resolve_device
 from utils.flags import Parser, integer_up_to, non_negative_float, non_negative_int, positive_int, switch
-from utils.video_utils import cross_fade, join_clip, middle_length, psnr, split_clip
+from utils.interpolators import missing_package
+from utils.video_utils import middle_length, split_clip
 
 PREVIEW_CLIPS = 8
+SCALE_CLIPS = 64  # training clips to measure a residual scale on, at most
 OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T, or pass --activation_checkpointing"
 
 # What a checkpoint was trained as: network, clips, diffusion, and the split. On --resume these may not be changed.
 FIXED_FLAGS = {"num_frames", "size", "frame_stride", "color_mode", "endpoint_context", "seed", "val_ratio"}
 FIXED_FLAGS |= {"base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "timesteps", "beta_schedule"}
 FIXED_FLAGS |= {"noise_offset", "cfg_drop_prob", "temporal_loss_weight"}
+FIXED_FLAGS |= {"predictor", "residual_scale", "predictor_steps", "predictor_width", "optimizer"}
 
 # Five minutes on two CPU cores: small frames, a small network, few sampler steps.
 DEMO = {"out_dir": "outputs/demo", "size": 32, "num_workers": 0, "cache_videos": True}
@@ -120,10 +126,26 @@ def build_parser() -> Parser:
     up_to_100 = flags.ranged(float, "a number in [0, 100]", lambda value: 0 <= value <= 100)
     add("--noise_offset", type=up_to_100, default=0.0, help=offset)
 
+    add = parser.add_argument_group("predict and refine").add_argument
+    guess = "what guesses the middle, so that diffusion refines the guess; flow and rife need optional packages"
+    add("--predictor", choices=PREDICTORS, default="none", help=guess)
+    scale = "of residuals: a number, measured = their deviation, pixel = what the learned predictor expects; None = one"
+    add("--residual_scale", type=flags.residual_scale, help=f"{scale} of these two")
+    alone = "optimiser steps in which the learned predictor is trained, before refining it begins"
+    add("--predictor_steps", type=non_negative_int, default=4000, help=alone)
+    add("--predictor_lr", type=flags.positive_float, default=2e-3, help="peak learning rate of those steps")
+    add("--predictor_width", type=positive_int, default=32, help="channels of the learned predictor at full size")
+
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=integer_up_to(4096), default=8, help="clips per forward of each process; lower it on OOM")
     add("--grad_accum", type=integer_up_to(4096), default=1, help="forward passes per optimiser step")
-    add("--lr", type=flags.positive_float, default=1e-4, help="peak learning rate of AdamW, cosine to 0")
+    add(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="adamw, or muon for matrices, adamw for the rest",
+    )
+    add("--lr", type=flags.positive_float, default=1e-4, help="peak learning rate, cosine to 0")
     add("--warmup_steps", type=non_negative_int, default=0, help="steps of linear rise; 0 = none")
     add("--epochs", type=positive_int, default=30, help="passes over the training clips")
     add("--max_steps", type=non_negative_int, default=0, help="stop after so many optimiser steps; 0 = by --epochs")
@@ -183,6 +205,11 @@ def resolve_args(
     args = argparse.Namespace(**(values | given))
 
     # The rules that join several flags.
+    args.residual_scale = resolve_scale(args.predictor, args.residual_scale)
+    if args.predictor != "learned" or args.dry_run:
+        args.predictor_steps = int(args.predictor == "learned")
+    if (missing := missing_package(args.predictor)) is not None:
+        raise ValueError(f"--predictor {args.predictor} cannot run here: {missing}")
     middle_length(args.num_frames, args.endpoint_context)
     build_model(model_config_of(args), "meta")  # refuses what cannot be built
     check_size(args.size, 2 ** len(args.channel_mults))
@@ -201,6 +228,7 @@ def resolve_args(
 def train_step(
     state: TrainingState,
     schedule: DiffusionSchedule,
+    predict: Predictor,
     batches: Iterator[Tensor],
     args: argparse.Namespace,
     amp_dtype: torch.dtype | None,
@@ -218,15 +246,20 @@ def train_step(
     total_loss = torch.zeros((), device=device)
     for number in range(1, args.grad_accum + 1):
         start, middle, end = split_clip(next(batches), args.endpoint_context)
-        noise = sample_training_noise(middle, args.timesteps, generator, args.cfg_drop_prob, args.noise_offset, part)
-        start, end = drop_contexts(start, end, noise.dropped)
-        inputs = (start, middle, end, noise.t, noise.eps)
+        inputs = (start, middle, end)
+        if not state.predicting:
+            with autocast(device, amp_dtype):
+                residual = predict(start, end, middle.shape[2]).to_residual(middle)
+            drawn = (generator, args.cfg_drop_prob, args.noise_offset, part)
+            noise = sample_training_noise(middle, args.timesteps, *drawn)
+            start, end = drop_contexts(start, end, noise.dropped)  # for the network: the prediction keeps them
+            inputs = (start, residual, end, noise.t, noise.eps)
         state.probe_batch = state.probe_batch or inputs
         is_last = number == args.grad_accum
         with contextlib.nullcontext() if is_last else distributed.no_sync(state.ddp_model):
             with autocast(device, amp_dtype):
-                terms = diffusion_loss(state.ddp_model, schedule, *inputs, args.temporal_loss_weight)
-            loss = terms.total.mean() / args.grad_accum
+                losses = loss_per_clip(state, state.ddp_model, schedule, inputs, args.temporal_loss_weight)
+            loss = losses.mean() / args.grad_accum
             state.scaler.scale(loss).backward()
         total_loss += loss.detach()
     total_loss = distributed.all_reduce_mean(total_loss)
@@ -250,46 +283,7 @@ def train_step(
     state.metrics.add(total_loss, norm)
     state.data_step += 1
     state.step += 1
-    update_ema(state.ema, state.model, args.ema_decay if state.step > args.ema_update_after_step else 0.0)
-
-
-# --- validation and previews ------------------------------------------------------------------------------------------
-
-
-def validate(
-    ema: nn.Module, schedule: DiffusionSchedule, batches: Iterable[Tensor], clips: int, args: argparse.Namespace
-) -> float:
-    """The loss of EMA over the whole split of so many clips, or FloatingPointError; `batches` are this process's."""
-    parts = (split_clip(clip, args.endpoint_context) for clip in batches)
-    first, weights = distributed.rank_slice(clips).start, (args.temporal_loss_weight, args.noise_offset)
-    sums = validation_sum(ema, schedule, parts, clips, args.seed, *weights, first=first)
-    loss, pairs = distributed.all_reduce_sum(*sums)
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the validation loss must stay finite (got {loss / pairs})")
-    return loss / pairs
-
-
-def preview(
-    pipe: MiddleFramePipeline, clip: Tensor | None, first: int, args: argparse.Namespace, log: Callable[..., None]
-) -> dict[str, float]:
-    """Regenerate the middle of this process's preview clips [B,C,T,H,W], the `first` of all on, from fixed noise.
-
-    Returns: on rank 0, which logs true and generated clips, the mean PSNR in dB of the middle and of the cross-fade.
-    """
-    made = None
-    if clip is not None:
-        start, middle, end = split_clip(clip, args.endpoint_context)
-        generators = [generator_for(args.seed, PREVIEW, first + i) for i in range(len(clip))]
-        how = {"steps": args.vis_steps, "guidance_scale": args.vis_guidance_scale}
-        generated = pipe(start, end, generator=generators, dynamic_threshold=args.dynamic_threshold, **how)
-        scores = (psnr(generated, middle), psnr(cross_fade(start, end, middle.shape[2]), middle))
-        made = [part.cpu() for part in (clip, join_clip(start, generated, end), *scores)]
-    parts = [part for part in distributed.gather(made) if part]
-    if not parts:
-        return {}
-    clip, generated, scores, faded_scores = map(torch.cat, zip(*parts, strict=True))
-    log(clip, generated)
-    return {"psnr": scores.mean().item(), "psnr_cross_fade": faded_scores.mean().item()}
+    update_ema(state.ema, state.model, args.ema_decay if state.phase_step > args.ema_update_after_step else 0.0)
 
 
 # --- the story --------------------------------------------------------------------------------------------------------
@@ -345,29 +339,21 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     distributed.check_consistency(f"{source or out_dir}: the step", state.step)
     state.plan_steps(args, epoch_steps)
     if state.finished:
-        print0(
-            f"nothing to do: the run has all its {state.step} steps; a longer one needs more --epochs or --max_steps"
-        )
+        print0(f"nothing to do: the run has all its {state.step} steps; more --epochs or --max_steps make it longer")
         return 0
     describe_run(args, state, f"{len(train_clips)} training and {len(val_clips)} validation clips", amp_dtype)
     if args.compile:
-        state.model.compile(dynamic=False)  # in place: the state dict keeps its names
-    state.ddp_model = distributed.wrap_ddp(state.model, device)
+        for module in {state.model, state.trained_part}:
+            module.compile(dynamic=False)  # in place: the state dict keeps its names
+    state.ddp_model = distributed.wrap_ddp(state.trained_part, device)
 
     # Load clips ahead, in an order that any step can be resumed at.
     failures = ReadFailures(log=partial(tqdm.write, file=sys.stderr))  # every process reads other files
     workers = min(args.num_workers, max(1, (os.cpu_count() or 1) // distributed.local_world_size()))
     loading = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
     loading |= {"collate_fn": collate, "worker_init_fn": distributed.worker_init_fn}
-    order = ResumableBatchSampler(
-        len(train_clips),
-        args.batch_size,
-        args.grad_accum,
-        args.seed,
-        state.data_step,
-        state.total_data_steps,
-        part=(distributed.rank(), args.processes),
-    )
+    batch, part = (args.batch_size, args.grad_accum, args.seed), (distributed.rank(), args.processes)
+    order = ResumableBatchSampler(len(train_clips), *batch, state.data_step, state.total_data_steps, part=part)
     batches = failures.clips(DataLoader(train_clips, batch_sampler=order, **loading), device)
     mine = distributed.rank_slice(len(val_clips))
     val_keys = [[(0, j) for j in mine[i : i + args.batch_size]] for i in range(0, len(mine), args.batch_size)]
@@ -376,7 +362,12 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     first = distributed.rank_slice(len(shown)).start
     reads = [val_clips[0, shown[i]] for i in distributed.rank_slice(len(shown)) if args.vis_every or args.dry_run]
     preview_clips = next(failures.clips([collate(reads)], device)) if reads else None
-    pipe = MiddleFramePipeline(state.ema, schedule, vars(args), args.noise_offset, amp_dtype)
+    if args.residual_scale == "measured":
+        chosen = range(0, len(train_clips), math.ceil(len(train_clips) / SCALE_CLIPS))
+        clips = failures.clips((collate([train_clips[0, i]]) for i in chosen), device)
+        args.residual_scale = measure_scale(clips, args.predictor, args.endpoint_context, state.ema)
+    refining = {"predictor": args.predictor, "residual_scale": args.residual_scale}
+    pipe = MiddleFramePipeline(state.ema, schedule, vars(args), args.noise_offset, amp_dtype, **refining)
 
     # Log and save on rank 0.
     logger, checkpointer = Silent(), Silent()
@@ -392,7 +383,10 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     stop, stopped_by, saved = StopRequest(), 0, source
     try:
         while not (state.finished or stopped_by):
-            train_step(state, schedule, batches, args, amp_dtype)
+            train_step(state, schedule, pipe.predict, batches, args, amp_dtype)
+            if args.predictor == "learned" and state.step == args.predictor_steps:
+                state.begin_refining(args)
+                state.ddp_model = distributed.wrap_ddp(state.model, device)
             logger.count_step(clips_per_step)
 
             # Log the steps since the last line: between saves, the only place that waits for the device.
@@ -408,12 +402,13 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
             if epoch_ends:
                 epoch = math.ceil(state.data_step / epoch_steps)
                 with autocast(device, amp_dtype):
-                    val_loss = validate(state.ema, schedule, failures.clips(val_loader, device), len(val_clips), args)
+                    held_out = failures.clips(val_loader, device)
+                    val_loss = validate(state, schedule, pipe.predict, held_out, len(val_clips), args)
                 entry = {"step": state.step, "epoch": epoch, "train_loss": state.metrics.take_mean("epoch")}
                 entry |= {"val_loss": val_loss, **state.metrics.bad_steps()}
                 if args.dry_run or (args.vis_every and (epoch % args.vis_every == 0 or state.finished)):
                     log = partial(logger.log_preview, f"epoch_{epoch:04d}_sample", state.step, args.endpoint_context)
-                    entry |= preview(pipe, preview_clips, first, args, log)
+                    entry |= preview(pipe, preview_clips, first, 0 if state.predicting else args.vis_steps, args, log)
                 state.history["epochs"].append(entry)
                 logger.log_epoch(entry, args.epochs, state)
 

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.residual import Prediction, Predictor
 from diffusion.sampler import check_sampler, is_guided, sample_middle, visited_timesteps
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model, check_size
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.device import autocast, choose_amp_dtype, resolve_device
+from utils.interpolators import load_interpolator
 from utils.io import read_image
 from utils.video_utils import middle_length, resize_and_crop, to_float, to_gray
 
@@ -25,8 +27,13 @@ from utils.video_utils import middle_length, resize_and_crop, to_float, to_gray
 SETTINGS = ("sampler", "steps", "spacing", "guidance_scale", "guidance_interval", "eta")
 SAMPLER_PRESETS: dict[str, dict[str, Any]] = {
     "fast": dict(zip(SETTINGS, ("ddim", 5, "quadratic", 1.8, (0.3, 0.9), 0.0), strict=True)),
+    "refine": dict(zip(SETTINGS, ("ddim", 3, "quadratic", 1.0, (0.0, 1.0), 0.0), strict=True)),
     "reference": dict(zip(SETTINGS, ("ddim", 40, "linspace", 1.8, (0.0, 1.0), 0.0), strict=True)),
 }
+PREDICTORS = ("none", "cross_fade", "learned", "flow", "rife")
+ERRORS_PER_SCALE = (
+    2.0  # of a Laplace distribution the deviation is 1.4 mean absolute errors; 2 leaves room for outliers
+)
 LEFT_OUT = ("model", "ema", "optimizer", "rng")  # of what a checkpoint says of its training: the tensors
 Frames = Tensor | Sequence[Any]
 
@@ -41,10 +48,13 @@ class MiddleFramePipeline:
     noise_offset: float = 0.0  # of training
     amp_dtype: torch.dtype | None = None  # of autocast; None = float32
     trained: Mapping[str, Any] = field(default_factory=dict)  # the rest of a checkpoint: step, args, history, configs
+    predictor: str = "none"  # of PREDICTORS: what guesses the middle, which the model then refines
+    residual_scale: float | str = 1.0  # see `make_predictor`
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
         self.schedule.to(self.device)
+        self.predict = make_predictor(self.predictor, self.residual_scale, self.model)
 
     @classmethod
     def from_checkpoint(
@@ -77,12 +87,20 @@ class MiddleFramePipeline:
             model.compile_for_sampling()
         amp_dtype = torch.bfloat16 if amp and choose_amp_dtype(target) is torch.bfloat16 else None
         trained = {name: value for name, value in checkpoint.items() if name not in LEFT_OUT}
-        return cls(model, schedule, checkpoint["clip_config"], config["noise_offset"], amp_dtype, trained)
+        how = {name: config[name] for name in ("predictor", "residual_scale") if name in config}
+        if (how.get("predictor") == "learned") == (model.predictor is None):
+            raise ValueError(f"{path}: its diffusion_config and its model_config disagree about the predictor")
+        return cls(model, schedule, checkpoint["clip_config"], config["noise_offset"], amp_dtype, trained, **how)
 
     @property
     def endpoint_context(self) -> int:
         """Observed frames K at each end."""
         return self.model.endpoint_context
+
+    @property
+    def default_preset(self) -> str | None:
+        """The sampler's preset where none is named: a refining model's own; None = see `sampler_settings`."""
+        return None if self.predictor == "none" else "refine"
 
     def resolve_flags(self, args: argparse.Namespace) -> list[dict[str, Any]]:
         """Fill a script's clip flags that were not given as in training, and check them and those of the sampler.
@@ -97,16 +115,28 @@ class MiddleFramePipeline:
                 setattr(args, name, trained)
             elif name in ("endpoint_context", "color_mode") and given != trained:
                 raise ValueError(f"--{name} is fixed by {args.ckpt} (got {given}, trained with {trained})")
-        grid = settings_grid(vars(args))
+        grid = settings_grid(vars(args), self.default_preset)
         for way in grid:
-            checked = {name: way[name] for name in SETTINGS if name != "guidance_scale"}
-            check_sampler(self.schedule.timesteps, **checked)
+            self.check_settings(way)
         middle_length(args.num_frames, args.endpoint_context)
         check_size(args.size, self.model.size_multiple)
         if not self.trained["args"].get("cfg_drop_prob") and any(way["guidance_scale"] != 1 for way in grid):
             remedy = "it needs --guidance_scale 1 (--preset fast beside it)"
             print(f"note: {args.ckpt} has no trained unconditional branch: {remedy}", file=sys.stderr)
         return grid
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that neither sampler nor checkpoint takes: ValueError, naming the argument and the value."""
+        refines = self.predictor != "none"
+        if settings["steps"] == 0 and not refines:
+            raise ValueError("steps must be at least 1 for a model without a predictor (got 0)")
+        if refines and settings.get("dynamic_threshold"):
+            raise ValueError(
+                "dynamic_threshold must be off for a model with a predictor, whose residuals have no range"
+            )
+        if settings["steps"]:
+            checked = {name: settings[name] for name in SETTINGS if name != "guidance_scale"}
+            check_sampler(self.schedule.timesteps, **checked)
 
     def context(self, frames: Frames, size: int | None = None) -> Tensor:
         """K observed frames of one end as the network takes them, float [B,C,K,H,W] in [-1, 1] on its device.
@@ -134,6 +164,9 @@ class MiddleFramePipeline:
     ) -> Tensor:
         """Draw middle frames: float32 [B*num_samples,C,M,H,W] in [-1, 1], the samples of a clip beside each other.
 
+        Of a model with a predictor, 0 steps give the prediction alone, and the contexts that guidance drops are the
+        network's: both its branches refine one prediction, as in training.
+
         Args:
             start: the first K frames, as `end` the last, see `context`.
             num_middle: frames to generate; None = as in training.
@@ -147,9 +180,53 @@ class MiddleFramePipeline:
         contexts = [self.context(frames).repeat_interleave(num_samples, dim=0) for frames in (start, end)]
         m = middle_length(self.clip_config["num_frames"], self.endpoint_context) if num_middle is None else num_middle
         draw = {"noise_offset": self.noise_offset, "generator": generator, "callback": callback}
-        settings = sampler_settings(**settings)
+        settings = sampler_settings(self.default_preset, **settings)
+        self.check_settings(settings)
         with autocast(self.device, self.amp_dtype):
-            return sample_middle(self.model, self.schedule, *contexts, num_middle=m, **draw, **settings)
+            prediction = self.predict(*contexts, m)
+            if settings["steps"] == 0:
+                return prediction.frames
+            draw["x0_range"] = prediction.residual_range
+            residual = sample_middle(self.model, self.schedule, *contexts, num_middle=m, **draw, **settings)
+        middle = prediction.to_middle(residual)
+        return middle.clamp(-1, 1) if settings.get("clip_x0", True) else middle  # from what its scale rounded
+
+
+def resolve_scale(predictor: str, scale: float | str | None) -> float | str:
+    """The residual scale of a predictor: a number, "measured" on training clips, or "pixel"; None = what suits it.
+
+    Raises: ValueError: for a word that does not suit it, or a number without a predictor.
+    """
+    suiting = {"none": 1.0, "learned": "pixel"}.get(predictor, "measured")
+    if scale is None or scale == suiting:
+        return suiting
+    if predictor == "none" or isinstance(scale, str):
+        allowed = "left out" if predictor == "none" else f"a number or {suiting}"
+        raise ValueError(f"residual_scale must be {allowed} with predictor {predictor} (got {scale})")
+    return scale
+
+
+def make_predictor(name: str, scale: float | str, model: VideoUNet3D) -> Predictor:
+    """The predictor of that name (of PREDICTORS), without gradients, its frames clipped to [-1, 1].
+
+    Args:
+        scale: of residuals, a number above 0, or "pixel": ERRORS_PER_SCALE errors that the learned predictor expects.
+        model: whose `predictor` is the learned one; a flow network runs on its device.
+
+    Raises: ValueError: naming the package to install for flow or rife where it is absent.
+    """
+    if name == "none":
+        return lambda start, end, num_middle: Prediction()
+    if name != "learned":
+        interpolate = load_interpolator(name, next(model.parameters()).device)
+        return lambda start, end, num_middle: Prediction(interpolate(start, end, num_middle).clamp(-1, 1), scale)
+
+    @torch.no_grad()
+    def learned(start: Tensor, end: Tensor, num_middle: int) -> Prediction:
+        frames, log_error = model.predictor(start, end, num_middle)
+        return Prediction(frames.clamp(-1, 1), ERRORS_PER_SCALE * log_error.exp() if scale == "pixel" else scale)
+
+    return learned
 
 
 def load_frames(frames: Sequence[Any], size: int, color_mode: str) -> Tensor:
@@ -176,29 +253,32 @@ def load_frames(frames: Sequence[Any], size: int, color_mode: str) -> Tensor:
 # --- sampler settings: presets, and flags of scripts ------------------------------------------------------------------
 
 
-def sampler_settings(preset: str | None = None, **given: Any) -> dict[str, Any]:
+def sampler_settings(default: str | None = None, preset: str | None = None, **given: Any) -> dict[str, Any]:
     """Arguments of `sample_middle`: those given (None counts as not given), over those of a preset.
 
-    Without a preset it is "fast", or "reference" where any setting of a preset is given.
+    Without a preset it is `default`; without that "fast", or "reference" where any setting of a preset is given.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    chosen = preset or ("reference" if any(name in given for name in SETTINGS) else "fast")
+    chosen = preset or default or ("reference" if any(name in given for name in SETTINGS) else "fast")
     if chosen not in SAMPLER_PRESETS:
         raise ValueError(f"preset must be one of {', '.join(SAMPLER_PRESETS)} (got {chosen})")
     return SAMPLER_PRESETS[chosen] | given
 
 
-def settings_grid(flags: Mapping[str, Any]) -> list[dict[str, Any]]:
+def settings_grid(flags: Mapping[str, Any], default: str | None = None) -> list[dict[str, Any]]:
     """Every combination of a script's sampler flags, of which lists are alternatives; see `sampler_settings`."""
     values = {name: flags[name] for name in ("preset", *SETTINGS, "clip_x0", "dynamic_threshold")}
     values["guidance_interval"] = tuple(flags["guidance_interval"] or ()) or None  # a pair is one value
     alternatives = [value if isinstance(value, list) else [value] for value in values.values()]
-    grid = [sampler_settings(**dict(zip(values, combination, strict=True))) for combination in product(*alternatives)]
+    combinations = (dict(zip(values, combination, strict=True)) for combination in product(*alternatives))
+    grid = [sampler_settings(default, **combination) for combination in combinations]
     return [settings for i, settings in enumerate(grid) if settings not in grid[:i]]
 
 
 def describe_settings(settings: Mapping[str, Any]) -> str:
     """A sampler's settings in few words, as "ddim 40 steps, guidance 1.8"."""
+    if settings["steps"] == 0:
+        return "predictor alone"
     low, high = settings["guidance_interval"]
     interval = f" in [{low:g}, {high:g}]" if (low, high) != (0, 1) else ""
     spacing = f" {settings['spacing']}" if settings["spacing"] != "linspace" else ""
@@ -209,6 +289,8 @@ def describe_settings(settings: Mapping[str, Any]) -> str:
 
 def forwards_per_clip(timesteps: int, settings: Mapping[str, Any]) -> int:
     """Network forwards (nfe) that one sample costs: one per step, and one more where the step is guided."""
+    if settings["steps"] == 0:
+        return 0
     visited = visited_timesteps(timesteps, settings["steps"], settings["spacing"])
     guidance = settings["guidance_scale"], settings["guidance_interval"]
     return len(visited) + sum(is_guided(t, timesteps, *guidance) for t in visited)

@@ -148,13 +148,14 @@ def sample_middle(
     guidance_scale: float = 1.0,  # 1 = plain conditional, 0 = unconditional, above 1 = guided, two branches per step
     guidance_interval: tuple[float, float] = (0.0, 1.0),  # guide at these shares of the schedule only, 0 = clean
     eta: float = 0.0,  # 0 = deterministic DDIM .. 1 = DDPM's posterior noise
-    clip_x0: bool = True,  # clamp every clean prediction to [-1, 1] and re-derive eps from it
+    clip_x0: bool = True,  # clamp every clean prediction to x0_range and re-derive eps from it
+    x0_range: tuple[Tensor | float, Tensor | float] = (-1.0, 1.0),  # lowest and highest x0, numbers or [B,C,M,H,W]
     dynamic_threshold: bool = False,  # scale by a percentile instead of clamping; replaces clip_x0
     noise_offset: float = 0.0,  # as in training
     generator: torch.Generator | Sequence[torch.Generator] | None = None,  # one, or one per clip; None = torch's global
     callback: Callable[..., None] | None = None,  # called at every step with i, t, x_t, v (guided), x0_hat (clipped)
 ) -> Tensor:
-    """Draw middle frames given both contexts: [B,C,M,H,W] float32, within [-1, 1] unless clip_x0 is off.
+    """Draw middle frames given both contexts: [B,C,M,H,W] float32, within x0_range unless clip_x0 is off.
 
     A clip has its own noise, so its result is independent of the batch it is in. ValueError for contexts of different
     shapes or an argument out of its range.
@@ -186,7 +187,7 @@ def sample_middle(
         if dynamic_threshold:
             x0_hat = dynamic_thresholding(x0_hat)
         elif clip_x0:
-            x0_hat = x0_hat.clamp(-1, 1)
+            x0_hat = x0_hat.clamp(*x0_range)
         if callback is not None:
             callback(i=i, t=t, x_t=x_t, v=v, x0_hat=x0_hat)
         second_order = sampler == "dpmpp_2m" and 0 < i < steps - 1

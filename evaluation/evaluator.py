@@ -15,10 +15,10 @@ from data.video_index import Video, clip_span, printable, reason_of
 from data.video_reader import DECODE_ERRORS
 from diffusion.noise import SAMPLE, generator_for
 from diffusion.pipeline import MiddleFramePipeline, describe_settings, forwards_per_clip
-from evaluation.baselines import load_baseline
 from evaluation.fvd import I3D
 from evaluation.metrics import Scorer, diversity
 from evaluation.results import PerClipResults
+from utils.interpolators import load_interpolator
 from utils.io import file_sha256
 from utils.video_utils import join_clip, split_clip, to_float
 
@@ -75,12 +75,14 @@ def pipeline_method(
         return pipe(start, end, num_middle=num_middle, generator=generators, **settings)
 
     nfe = forwards_per_clip(pipe.schedule.timesteps, settings)
+    if settings["steps"] == 0:
+        samples = 1  # nothing of a prediction is random
     return Method(f"ours, {describe_settings(settings)}", samples, nfe, generate)
 
 
 def baseline_method(name: str, device: torch.device, num_middle: int) -> Method:
     """A baseline, which has one answer and runs no network of ours."""
-    baseline = load_baseline(name, device)
+    baseline = load_interpolator(name, device)
     return Method(name.replace("_", "-"), 1, 0, lambda start, end, keys: baseline(start, end, num_middle))
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.modules.layers import group_norm
+from models.modules.layers import ConvNormAct
 
 
 class ContextFeatures(NamedTuple):
@@ -15,14 +15,6 @@ class ContextFeatures(NamedTuple):
     levels: list[Tensor]  # per U-Net level, [B,L[i],H/2^i,W/2^i]
     bottleneck: Tensor  # [B,L[-1],H/2^n,W/2^n] for n levels
     nearest: Tensor  # last start frame and first end frame, [B,2*C_img,H,W]
-
-
-class ConvNormAct(nn.Sequential):
-    """Conv2d of an odd kernel size, GroupNorm, SiLU: [B,C_in,H,W] -> [B,C_out,H/stride,W/stride]."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1):
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
-        super().__init__(conv, group_norm(out_channels), nn.SiLU())
 
 
 class ContextEncoder(nn.Module):

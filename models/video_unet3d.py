@@ -16,6 +16,7 @@ from models.modules.film import FiLM
 from models.modules.frame_conv import FrameConv3d
 from models.modules.layers import group_norm, zero_module
 from models.modules.temporal_attention import sinusoidal_embedding
+from models.predictor import FramePredictor
 
 ATTENTION_HEADS = 4
 MAX_NUMBER = 4096  # in a model_config: an absurd one in a foreign checkpoint must not exhaust memory or time
@@ -49,9 +50,12 @@ class VideoUNet3D(nn.Module):
         res_blocks: int = 2,  # per level and direction
         temporal_attn_levels: Sequence[int] = (1, 2),  # levels with temporal attention; the bottleneck always has it
         endpoint_context: int = 2,  # observed frames K at each end
+        predictor_width: int = 0,  # of the predictor that is trained, saved and averaged with it; 0 = none
     ):
         super().__init__()
         check_architecture(base_channels, channel_mults, res_blocks, temporal_attn_levels, endpoint_context)
+        if not 0 <= predictor_width <= MAX_NUMBER:
+            raise ValueError(f"predictor_width must lie in [0, {MAX_NUMBER}] (got {predictor_width})")
         self.image_channels = image_channels
         self.base_channels = base_channels
         self.endpoint_context = endpoint_context
@@ -83,6 +87,7 @@ class VideoUNet3D(nn.Module):
         self.bottleneck_out = ResBlock3D(widths[-1], widths[-1], time_channels)
 
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), zero_module(FrameConv3d(c, image_channels)))
+        self.predictor = FramePredictor(image_channels, endpoint_context, predictor_width) if predictor_width else None
 
     def set_memory_format(self, channels_last: bool | None = None) -> "VideoUNet3D":
         """Lay out convolutions channels-last or, as torch's default, channels-first; outputs agree to rounding.
@@ -220,7 +225,7 @@ def build_model(model_config: Mapping[str, Any], device: str | None = None) -> V
         device: of its weights; "meta" = shapes alone, for weights that a checkpoint holds; None = torch's default.
     """
     keys = set(inspect.signature(VideoUNet3D).parameters)
-    if set(model_config) != keys:
+    if {*model_config, "predictor_width"} != keys:  # which a model without a predictor leaves out
         difference = sorted(map(str, keys.symmetric_difference(model_config)))
         raise ValueError(f"model_config must have the keys {sorted(keys)} (differs in {difference})")
     if not all(isinstance(model_config[key], (list, tuple)) for key in ("channel_mults", "temporal_attn_levels")):

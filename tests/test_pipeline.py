@@ -129,7 +129,7 @@ WRONG = {
     "odd size": ((START[..., :15, :15], END[..., :15, :15]), {}, "^size must be divisible by 4"),
     "no middle": ((START, END), {"num_middle": 0}, "^num_middle must be at least 1"),
     "no sample": ((START, END), {"num_samples": 0}, "^num_samples must"),
-    "no step": ((START, END), {"steps": 0}, r"^steps must lie in \[1, 1000\]"),
+    "no step": ((START, END), {"steps": 0}, "^steps must be at least 1 for a model without a predictor"),
     "no such preset": ((START, END), {"preset": "slow"}, "^preset must"),
     "two generators": (
         (START, END),

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from diffusion.loss import diffusion_loss
+from diffusion.loss import diffusion_loss, predictor_loss
 from diffusion.noise import INIT, generator_for
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
 from training.distributed import print0
+from training.optimizer import Muon
 from utils.checkpoint import load_weights
 from utils.device import autocast
 
@@ -82,6 +83,8 @@ class TrainingState:
     `step` counts optimiser steps, skipped ones included; `data_step` counts steps' worth of clips since the first epoch
     began: they differ once a run goes on with another batch size. Data and noise follow `data_step`, learning rate and
     EMA follow `step`. Weights are tried on `probe_batch`, the inputs of the first loss, before they are saved.
+
+    A learned predictor is trained alone in the first `predictor_steps`; it is then fixed, and the network refines it.
     """
 
     model: VideoUNet3D
@@ -90,6 +93,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     metrics: TrainMetrics
+    predictor_steps: int = 0
     step: int = 0
     data_step: int = 0
     best_val_loss: float = math.inf
@@ -104,6 +108,21 @@ class TrainingState:
         """Whether the run has all its steps."""
         return self.step >= self.total_steps or self.data_step >= self.total_data_steps
 
+    @property
+    def predicting(self) -> bool:
+        """Whether the learned predictor is being trained, and not the network that refines it."""
+        return self.step < self.predictor_steps
+
+    @property
+    def phase_step(self) -> int:
+        """Steps done of what the last step changed: of the predictor, or of what refines it."""
+        return self.step - (self.predictor_steps if self.step > self.predictor_steps else 0)
+
+    @property
+    def trained_part(self) -> nn.Module:
+        """What the present step changes."""
+        return self.model.predictor if self.predicting else self.model
+
     def plan_steps(self, args: argparse.Namespace, epoch_steps: int) -> None:
         """Decide how far the run goes and along which learning rates, from where it stands now."""
         self.total_data_steps = self.data_step + 2 if args.dry_run else args.epochs * epoch_steps
@@ -111,8 +130,24 @@ class TrainingState:
         self.total_steps = self.step + max(0, self.total_data_steps - self.data_step)
         if args.max_steps and not args.dry_run:
             self.total_steps = min(self.total_steps, args.max_steps)
-        stored = self.lr_schedule
-        self.lr_schedule = make_lr_schedule(args.lr, args.warmup_steps, self.total_steps, self.step, stored)
+        if self.predictor_steps >= max(1, self.total_steps):
+            steps = f"the {self.total_steps} steps of the run, as refining needs some"
+            raise ValueError(f"--predictor_steps must be below {steps} (got {self.predictor_steps})")
+        self.plan_lr(args, self.lr_schedule)
+
+    def plan_lr(self, args: argparse.Namespace, stored: dict[str, float]) -> None:
+        """Decide the learning rates of what is trained now, from `stored` if it has begun, to its last step."""
+        lr, first, total = args.lr, self.predictor_steps, self.total_steps
+        if self.predicting:
+            lr, first, total = args.predictor_lr, 0, self.predictor_steps
+        self.lr_schedule = make_lr_schedule(lr, args.warmup_steps, total, self.step, stored, first)
+
+    def begin_refining(self, args: argparse.Namespace) -> None:
+        """Fix the predictor at its EMA, as which it is sampled from, and begin to train the network around it."""
+        self.model.predictor.load_state_dict(self.ema.predictor.state_dict())
+        self.best_val_loss, self.probe_batch = math.inf, None  # of another loss
+        self.plan_lr(args, {})
+        print0(f"step {self.step}: the predictor is trained; refining begins")
 
 
 def divergence_threshold(noise_offset: float, temporal_loss_weight: float) -> float:
@@ -124,22 +159,25 @@ def divergence_threshold(noise_offset: float, temporal_loss_weight: float) -> fl
 
 
 def get_lr(step: int, schedule: Mapping[str, float]) -> float:
-    """Linear warm-up, then half a cosine from (start_step, start_lr) to zero at total_steps."""
-    if step < schedule["warmup_steps"]:
-        return schedule["start_lr"] * (step + 1) / schedule["warmup_steps"]
-    start = max(schedule["start_step"], schedule["warmup_steps"])
-    share = (step - start) / max(1, schedule["total_steps"] - start)
+    """Linear warm-up from start_step, then half a cosine from start_lr to zero at total_steps."""
+    start, warmup = schedule["start_step"], schedule["warmup_steps"]
+    if step < start + warmup:
+        return schedule["start_lr"] * (step - start + 1) / warmup
+    share = (step - start - warmup) / max(1, schedule["total_steps"] - start - warmup)
     return schedule["start_lr"] * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def make_lr_schedule(lr: float, warmup_steps: int, total_steps: int, step: int, stored: dict) -> dict[str, float]:
+def make_lr_schedule(
+    lr: float, warmup_steps: int, total_steps: int, step: int, stored: dict, first_step: int = 0
+) -> dict[str, float]:
     """The schedule of `get_lr`. A resumed run whose length changed bends the curve from where it is: no jump."""
-    fresh = {"peak_lr": lr, "start_lr": lr, "start_step": 0, "warmup_steps": warmup_steps, "total_steps": total_steps}
+    fresh = {"peak_lr": lr, "start_lr": lr, "start_step": first_step}
+    fresh |= {"warmup_steps": warmup_steps, "total_steps": total_steps}
     if not stored:
         return fresh
     if lr != stored["peak_lr"]:
         return fresh | {"start_step": step, "warmup_steps": 0}
-    if total_steps == stored["total_steps"] or step < stored["warmup_steps"]:
+    if total_steps == stored["total_steps"] or step < stored["start_step"] + stored["warmup_steps"]:
         return stored | {"total_steps": total_steps}
     if step >= stored["total_steps"]:
         print0("the learning rate has decayed to 0 with the former end of the run; give another --lr to train on")
@@ -149,7 +187,8 @@ def make_lr_schedule(lr: float, warmup_steps: int, total_steps: int, step: int, 
 def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `build_model`."""
     names = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "endpoint_context")
-    return {"image_channels": 1 if args.color_mode == "gray" else 3, **{name: getattr(args, name) for name in names}}
+    config = {"image_channels": 1 if args.color_mode == "gray" else 3, **{name: getattr(args, name) for name in names}}
+    return config | ({"predictor_width": args.predictor_width} if args.predictor == "learned" else {})
 
 
 def init_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None) -> TrainingState:
@@ -159,16 +198,22 @@ def init_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.
     model = build_model(config).to(device).set_memory_format(args.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     model.activation_checkpointing = args.activation_checkpointing
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    optimizer = make_optimizer(model, args.optimizer, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     metrics = TrainMetrics(device, divergence_threshold(args.noise_offset, args.temporal_loss_weight))
-    return TrainingState(model.train(), model, ema, optimizer, scaler, metrics)
+    return TrainingState(model.train(), model, ema, optimizer, scaler, metrics, args.predictor_steps)
+
+
+def make_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.AdamW:
+    """The optimiser of all parameters of a network, "adamw" or "muon"."""
+    return Muon(model, lr) if name == "muon" else torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
 
 
 def to_checkpoint(state: TrainingState, args: argparse.Namespace, epoch_steps: int) -> dict[str, Any]:
     """What `restore` and sampling read: training goes on exactly, and sampling needs no flag."""
     epoch, step_in_epoch = divmod(state.data_step, epoch_steps)
     diffusion = {"timesteps": args.timesteps, "schedule": args.beta_schedule, "noise_offset": args.noise_offset}
+    diffusion |= {"predictor": args.predictor, "residual_scale": args.residual_scale}
     modules = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer, "scaler": state.scaler}
     return {
         "step": state.step,
@@ -198,7 +243,7 @@ def restore(
     ours = state.optimizer.state_dict()["param_groups"]  # settings are this command's, moments the checkpoint's
     state.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": ours})
     for parameter, moments in state.optimizer.state.items():  # a run of another memory layout may have saved them
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in moments.keys() - {"step"}:
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     if checkpoint["scaler"]:  # that of a run without fp16 is empty
         state.scaler.load_state_dict(checkpoint["scaler"])
@@ -225,13 +270,16 @@ def check_resumable(checkpoint: dict[str, Any], source: object) -> None:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         load_weights(model, checkpoint[name], source)
-    moments, parameters = checkpoint["optimizer"]["state"], list(model.parameters())
-    sound = not moments or list(moments) == list(range(len(parameters)))
-    for entry, parameter in zip(moments.values(), parameters, strict=False):
-        sound = sound and isinstance(entry, dict) and set(entry) == {"step", "exp_avg", "exp_avg_sq"}
+    moments = checkpoint["optimizer"]["state"]
+    groups = make_optimizer(model, checkpoint["args"].get("optimizer", "adamw"), 1.0).param_groups
+    kinds = [{"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"}]  # of AdamW, and of Muon's matrices
+    parameters = [(p, kind) for group, kind in zip(groups, kinds, strict=False) for p in group["params"]]
+    sound = moments.keys() <= set(range(len(parameters)))
+    for number, entry in moments.items() if sound else ():
+        parameter, kind = parameters[number]
+        sound = sound and isinstance(entry, dict) and set(entry) == kind
         sound = sound and all(isinstance(value, Tensor) and value.dtype == torch.float32 for value in entry.values())
-        sound = sound and entry["exp_avg"].shape == entry["exp_avg_sq"].shape == parameter.shape
-        sound = sound and entry["step"].shape == ()
+        sound = sound and all(entry[name].shape == (() if name == "step" else parameter.shape) for name in kind)
     if not sound:
         raise ValueError(f"{source}: the optimizer's state does not fit its model_config")
     known = set(torch.amp.GradScaler("cpu").state_dict())
@@ -248,6 +296,18 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
 
 
+def loss_per_clip(
+    state: TrainingState, network: nn.Module, schedule: DiffusionSchedule, inputs: tuple[Tensor, ...], weight: float
+) -> Tensor:
+    """The loss [B] of what is being trained, `network` being its module: the predictor, or the model that refines it.
+
+    `inputs` are the arguments of `predictor_loss`, or of `diffusion_loss`; `weight` is that of its temporal term.
+    """
+    if state.predicting:
+        return predictor_loss(network, *inputs)
+    return diffusion_loss(network, schedule, *inputs, weight).total
+
+
 @torch.no_grad()
 def probe_loss(state: TrainingState, schedule: DiffusionSchedule, weight: float, dtype: torch.dtype | None) -> float:
     """The loss of the first batch since the start under the present weights, 0 before the first step.
@@ -258,5 +318,5 @@ def probe_loss(state: TrainingState, schedule: DiffusionSchedule, weight: float,
         return 0.0
     with autocast(state.metrics.values.device, dtype):
         # not called by its name: torch.compile would make another version, without gradients
-        terms = diffusion_loss(state.model.forward, schedule, *state.probe_batch, weight)
-    return terms.total.mean().item()
+        loss = loss_per_clip(state, state.trained_part.forward, schedule, state.probe_batch, weight)
+    return loss.mean().item()

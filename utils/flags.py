@@ -43,6 +43,11 @@ fraction = ranged(float, "a number in (0, 1)", lambda value: 0 < value < 1)
 decay = ranged(float, "a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
+def residual_scale(text: str) -> float | str:
+    """Type of --residual_scale: measured, pixel, or a number above 0."""
+    return text if text in ("measured", "pixel") else positive_float(text)
+
+
 def nonempty_path(text: str) -> str:
     """A path that is not empty, as an unset shell variable would be."""
     if not text.strip():
@@ -157,11 +162,13 @@ def add_sampler_flags(
     each = "; several values = every combination" if several else ""
     described = "; ".join(f"{name} = {description}" for name, description in presets.items())
     others = "--sampler, --steps, --spacing, --guidance_scale, --guidance_interval or --eta"
-    preset = f"sampler settings that go together: {described}; None = fast, or reference where {others} is given"
+    preset = f"sampler settings that go together: {described}; None = refine for a model with a predictor, else fast,"
+    preset += f" or reference where {others} is given"
     add("--preset", choices=tuple(presets), **grid, help=preset)
     sampler = f"ddim, or dpmpp_2m: second order, DPM-Solver++(2M); None = the preset's{each}"
     add("--sampler", choices=tuple(samplers), **grid, help=sampler)
-    add("--steps", type=positive_int, **grid, help=f"sampler steps; None = the preset's{each}")
+    steps = "sampler steps, 0 = the prediction of a refining model alone"
+    add("--steps", type=non_negative_int, **grid, help=f"{steps}; None = the preset's{each}")
     spacing = "linspace = evenly, quadratic = closer together towards clean frames, trailing = evenly, ending a stride"
     add("--spacing", choices=tuple(spacings), help=f"timesteps visited: {spacing} above clean; None = the preset's")
     scale = "weight of the contexts: 1 = plain conditional (one forward per step), above 1 = guided, 0 = ignored"

@@ -1,4 +1,4 @@
-"""The norm and the zero initialisation that every part of the network shares."""
+"""The norm, the 2-D convolution and the zero initialisation that the parts of the network share."""
 
 import math
 
@@ -10,6 +10,14 @@ NORM_GROUPS = 32
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with gcd(32, channels) groups."""
     return nn.GroupNorm(math.gcd(NORM_GROUPS, channels), channels)
+
+
+class ConvNormAct(nn.Sequential):
+    """Conv2d of an odd kernel size, GroupNorm, SiLU: [B,C_in,H,W] -> [B,C_out,H/stride,W/stride]."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1):
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+        super().__init__(conv, group_norm(out_channels), nn.SiLU())
 
 
 def zero_module(module: nn.Module) -> nn.Module:

