@@ -15,9 +15,12 @@ from torchvision.transforms.v2 import functional as transforms
 from utils.io import file_sha256
 from utils.video_utils import PSNR_CEILING, as_double, frame_psnr, join_clip, to_float, to_gray, to_uint8
 
-METRICS = ("psnr", "ssim", "lpips", "temporal", "diversity", "fvd")
+METRICS = ("psnr", "ssim", "lpips", "temporal", "static", "sharpness", "diversity", "fvd")
 HIGHER_IS_BETTER = {"psnr", "psnr_clip", "ssim"}
 SSIM_WINDOW = 11  # pixels: a Gaussian of deviation 1.5 cut at 3.5 deviations, as scikit-image's
+STILL_LEVELS = (
+    4  # of 255: a pixel whose true values differ by less in all of a clip shows noise of the video, no motion
+)
 LPIPS_SIZE = 128  # pixels, as MCVD's code; AlexNet needs more than small frames have
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 ALEXNET_SHA256 = "7be5be79"  # its first digits, which torchvision puts into the name
@@ -80,6 +83,27 @@ def temporal_error(middle: Tensor, truth: Tensor, start_context: Tensor, end_con
     return (changes(middle) - changes(truth)).abs().mean(dim=(1, 2, 3, 4)) / 255
 
 
+def static_error(middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> Tensor:
+    """Mean absolute error where nothing moves in the true clip, observed frames included: [B] in units of the range.
+
+    A pixel is still if each of its colours changes by less than STILL_LEVELS; 0 for a clip without still pixels.
+    """
+    whole = as_double(to_uint8(join_clip(start_context, truth, end_context)))  # [B,C,T,H,W]
+    still = (whole.amax(2) - whole.amin(2)).amax(1) < STILL_LEVELS  # [B,H,W]
+    error = (as_double(to_uint8(middle)) - as_double(to_uint8(truth))).abs().mean((1, 2))  # [B,H,W]
+    return (error * still).sum((1, 2)) / still.sum((1, 2)).clamp(min=1) / 255
+
+
+def sharpness(middle: Tensor, truth: Tensor) -> Tensor:
+    """Energy of the differences between neighbouring pixels over that of the true frames, [B].
+
+    1 is as sharp as the truth, less is blurred, more is speckled or too sharp.
+    """
+    frames = torch.stack([as_double(to_uint8(clip)) for clip in (middle, truth)])  # [2,B,C,M,H,W]
+    energy = sum(frames.diff(dim=axis).square().sum((2, 3, 4, 5)) for axis in (-2, -1)).clamp(min=1)  # [2,B]
+    return energy[0] / energy[1]
+
+
 def diversity(samples: Tensor) -> float:
     """Mean absolute difference between pairs of samples [N,C,M,H,W] in [-1, 1], in units of the range; 0 for one."""
     n = len(samples)
@@ -111,7 +135,10 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> list[dict]:
-        """Per clip: psnr, psnr_clip, psnr_frames (a list), ssim, lpips, temporal_l1; frames [B,C,.,H,W] in [-1, 1]."""
+        """Per clip: psnr, psnr_clip, psnr_frames (a list), ssim, lpips, temporal_l1, static_l1, sharpness.
+
+        Frames are [B,C,.,H,W] in [-1, 1].
+        """
         columns: dict[str, Tensor] = {}
         if "psnr" in self.metrics:
             frames = frame_psnr(middle, truth)
@@ -123,4 +150,8 @@ class Scorer:
             columns["lpips"] = lpips(self.lpips_network, middle, truth)
         if "temporal" in self.metrics:
             columns["temporal_l1"] = temporal_error(middle, truth, start_context, end_context)
+        if "static" in self.metrics:
+            columns["static_l1"] = static_error(middle, truth, start_context, end_context)
+        if "sharpness" in self.metrics:
+            columns["sharpness"] = sharpness(middle, truth)
         return [{name: values[i].tolist() for name, values in columns.items()} for i in range(len(middle))]

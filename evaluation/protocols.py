@@ -26,6 +26,8 @@ NATIVE_RULES = {
     "ssim": "SSIM: 8-bit values, Gaussian weights of deviation 1.5, mean over colour channels, borders left out",
     "lpips": "LPIPS: AlexNet v0.1, frames resized to 128 pixels",
     "temporal_l1": "temporal error: mean |frame difference - true one|, observed neighbours included, of a range of 1",
+    "static_l1": "static error: mean |error| where the true clip, ends included, changes by less than 4 of 255 levels",
+    "sharpness": "sharpness: energy of differences between neighbouring pixels over the truth's; 1 is as sharp",
     "diversity": "diversity: mean |difference| between pairs of samples, of a range of 1",
     "fvd": "FVD: whole clips (observed frames included), I3D logits, frames at 224 pixels, mean over samples",
 }

@@ -30,6 +30,8 @@ COLUMNS = {  # score -> (title, decimals)
     "ssim": ("SSIM", 4),
     "lpips": ("LPIPS", 4),
     "temporal_l1": ("temporal error", 5),
+    "static_l1": ("static error", 5),
+    "sharpness": ("sharpness", 3),
     "diversity": ("diversity", 4),
     "fvd": ("FVD", 1),
 }

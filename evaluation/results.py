@@ -12,7 +12,15 @@ from evaluation.fvd import feature_distance
 from evaluation.metrics import HIGHER_IS_BETTER
 from utils.io import atomic_write
 
-SCORES = ("psnr", "psnr_clip", "ssim", "lpips", "temporal_l1")  # numbers that a single sample of a clip has
+SCORES = (
+    "psnr",
+    "psnr_clip",
+    "ssim",
+    "lpips",
+    "temporal_l1",
+    "static_l1",
+    "sharpness",
+)  # numbers that a single sample of a clip has
 RESAMPLES = 2000  # of the bootstrap; the ends of an interval then vary by a few percent of its width
 CONFIDENCE = 0.95
 
@@ -172,6 +180,8 @@ def summarise(lines: Sequence[dict[str, Any]], method: str, first: str, features
         for count in sorted({min(10, n), n}):
             best = {}
             for name, values in table.items():
+                if name == "sharpness":  # neither more nor less is better
+                    continue
                 choose = np.max if name in HIGHER_IS_BETTER else np.min
                 best[name] = estimate(choose(values[:, :count], axis=1))
             rows.append(Row(method, "best", count, best, {}, **cost))

@@ -23,6 +23,7 @@ import train_video_ddpm
 import utils.io
 from data.kinetics_video_dataset import ReadFailures
 from data.video_reader import probe_video
+from diffusion.pipeline import make_predictor
 from diffusion.schedule import DiffusionSchedule
 from train_video_ddpm import TRAIN_PRESETS, build_parser, main, resolve_args, train_step
 from training import checkpointer
@@ -166,7 +167,8 @@ def test_no_step_waits_for_a_number():
     state = init_state(args, torch.device("cpu"), None)
     state.plan_steps(args, epoch_steps=4)
     clips = itertools.repeat((torch.zeros(2, 3, 8, 16, 16, dtype=torch.uint8), [], 2))  # as collated
-    of_step = (DiffusionSchedule(), ReadFailures().clips(clips, torch.device("cpu")), args, None)
+    predict = make_predictor("none", 1.0, state.ema)
+    of_step = (DiffusionSchedule(), predict, ReadFailures().clips(clips, torch.device("cpu")), args, None)
     train_step(state, *of_step)
     with Watch():
         train_step(state, *of_step)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.distributed import print0
-from training.state import TrainingState, get_lr
+from training.state import TrainingState
 from utils import io
 from utils.device import describe_machine
 from utils.video_utils import to_uint8
@@ -62,7 +62,7 @@ class Logger:
 
     def log_train(self, state: TrainingState, epoch: float, loss: float | None, grad_norm: float) -> None:
         """A line for the steps since the last one; a loss of None = no step had a finite one."""
-        lr = get_lr(state.step - 1, state.lr_schedule)
+        lr = state.optimizer.param_groups[0]["lr"]
         speed = self.clips / (time.perf_counter() - self.since)  # the device is done with them: the loss was read
         memory = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
         values = {"epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None}

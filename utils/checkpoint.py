@@ -143,6 +143,8 @@ CONTENTS: dict[str, Callable[[Any], bool]] = {  # dotted keys; a missing value c
     "diffusion_config.timesteps": is_integer(100_000, 1),
     "diffusion_config.schedule": lambda value: isinstance(value, str) and len(value) < 40,
     "diffusion_config.noise_offset": lambda value: is_number(value) and 0 <= value <= 100,
+    "diffusion_config.predictor": lambda value: value in (None, "none", "cross_fade", "learned", "flow", "rife"),
+    "diffusion_config.residual_scale": lambda value: value in (None, "pixel") or (is_number(value) and value > 0),
     **dict.fromkeys(("args.batch_size", "args.grad_accum"), is_integer(4096, 1)),
     "args.cfg_drop_prob": lambda value: value is None or is_number(value),
     "args.seed": is_integer(2**63 - 1),
