@@ -69,12 +69,15 @@ FIXED_FLAGS |= {"base_channels", "channel_mults", "res_blocks", "temporal_attn_l
 FIXED_FLAGS |= {"noise_offset", "cfg_drop_prob", "temporal_loss_weight"}
 FIXED_FLAGS |= {"predictor", "residual_scale", "predictor_steps", "predictor_width", "optimizer"}
 
-# Five minutes on two CPU cores: small frames, a small network, few sampler steps.
-DEMO = {"out_dir": "outputs/demo", "size": 32, "num_workers": 0, "cache_videos": True}
+# Predict and refine: what won in docs/results.md, for any size of network and clips.
+REFINE = {"predictor": "learned", "optimizer": "muon", "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995}
+REFINE |= {"vis_steps": 3, "vis_guidance_scale": 1.0}
+# The same in five minutes on two CPU cores: small frames, a small network.
+DEMO = REFINE | {"out_dir": "outputs/demo", "size": 32, "num_workers": 0, "cache_videos": True}
 DEMO |= {"base_channels": 24, "channel_mults": [1, 2], "res_blocks": 1, "temporal_attn_levels": [1]}
-DEMO |= {"batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 22, "ema_decay": 0.99}
-DEMO |= {"vis_every": 11, "vis_steps": 6, "vis_guidance_scale": 1.0, "log_every": 50}
-TRAIN_PRESETS: dict[str, dict[str, Any]] = {"demo": DEMO}
+DEMO |= {"batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 55, "predictor_steps": 1400, "ema_decay": 0.99}
+DEMO |= {"vis_every": 11, "log_every": 50}
+TRAIN_PRESETS: dict[str, dict[str, Any]] = {"demo": DEMO, "refine": REFINE}
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -87,7 +90,11 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--out_dir", type=flags.nonempty_path, default="outputs/train", help="folder of checkpoints and records")
     add("--resume", action="store_true", help="go on from last.pt in --out_dir; flags given override its arguments")
-    add("--preset", choices=sorted(TRAIN_PRESETS), help="values of flags not given; demo: five CPU minutes")
+    add(
+        "--preset",
+        choices=sorted(TRAIN_PRESETS),
+        help="values of flags not given: refine = predict and refine; demo = that in five CPU minutes",
+    )
     add("--dry_run", action="store_true", help="two steps, validation, preview and save, in --out_dir/dry_run")
     add("--seed", type=flags.seed_int, default=42, help="seed of split, weights, windows and noise")
     add("--device", type=flags.device_name, default="auto", help="auto = cuda where there is one, then mps, then cpu")
@@ -345,7 +352,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     if args.compile:
         for module in {state.model, state.trained_part}:
             module.compile(dynamic=False)  # in place: the state dict keeps its names
-    state.ddp_model = distributed.wrap_ddp(state.trained_part, device)
+    state.wrap_trained_part(device)
 
     # Load clips ahead, in an order that any step can be resumed at.
     failures = ReadFailures(log=partial(tqdm.write, file=sys.stderr))  # every process reads other files
@@ -385,8 +392,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         while not (state.finished or stopped_by):
             train_step(state, schedule, pipe.predict, batches, args, amp_dtype)
             if args.predictor == "learned" and state.step == args.predictor_steps:
-                state.begin_refining(args)
-                state.ddp_model = distributed.wrap_ddp(state.model, device)
+                state.begin_refining(args, device)
             logger.count_step(clips_per_step)
 
             # Log the steps since the last line: between saves, the only place that waits for the device.

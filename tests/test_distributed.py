@@ -106,9 +106,12 @@ def differ_by(a, b):
     return max((a[part][name] - b[part][name]).abs().max().item() for part in ("model", "ema") for name in a[part])
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_two_processes_are_one_of_twice_the_batch(train_on, tmp_path, accumulated):
-    common = f"--grad_accum {accumulated} --max_steps {20 // accumulated} --vis_every 5"
+REFINE = "--predictor learned --predictor_width 8 --predictor_steps 8 --predictor_lr 1e-4"
+
+
+@pytest.mark.parametrize(("accumulated", "flags"), [(1, ""), (2, ""), (1, REFINE)])
+def test_two_processes_are_one_of_twice_the_batch(train_on, tmp_path, accumulated, flags):
+    common = f"--grad_accum {accumulated} --max_steps {20 // accumulated} --vis_every 5 {flags}"
     one, two = train_on(1, "one", f"{common} --batch_size 4"), train_on(2, "two", f"{common} --batch_size 2")
     assert one.statuses == [0] and two.statuses == [0, 0], two.logs
     assert differ_by(*two.weights) == 0

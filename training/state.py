@@ -15,7 +15,7 @@ from diffusion.loss import diffusion_loss, predictor_loss
 from diffusion.noise import INIT, generator_for
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
-from training.distributed import print0
+from training.distributed import print0, wrap_ddp
 from training.optimizer import Muon
 from utils.checkpoint import load_weights
 from utils.device import autocast
@@ -142,11 +142,18 @@ class TrainingState:
             lr, first, total = args.predictor_lr, 0, self.predictor_steps
         self.lr_schedule = make_lr_schedule(lr, args.warmup_steps, total, self.step, stored, first)
 
-    def begin_refining(self, args: argparse.Namespace) -> None:
+    def wrap_trained_part(self, device: torch.device) -> None:
+        """Make `ddp_model` of what is trained now, the only part that needs gradients."""
+        if self.model.predictor is not None:
+            self.model.predictor.requires_grad_(self.predicting)
+        self.ddp_model = wrap_ddp(self.trained_part, device)
+
+    def begin_refining(self, args: argparse.Namespace, device: torch.device) -> None:
         """Fix the predictor at its EMA, as which it is sampled from, and begin to train the network around it."""
         self.model.predictor.load_state_dict(self.ema.predictor.state_dict())
         self.best_val_loss, self.probe_batch = math.inf, None  # of another loss
         self.plan_lr(args, {})
+        self.wrap_trained_part(device)
         print0(f"step {self.step}: the predictor is trained; refining begins")
 
 
