@@ -33,6 +33,7 @@ import train_video_ddpm
 from benchmarks import measure
 from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise
 from diffusion.noise import TRAIN, generator_for
+from diffusion.pipeline import make_predictor
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import build_model
 from training.state import TrainingState, init_state, make_lr_schedule, model_config_of
@@ -40,7 +41,8 @@ from utils.device import autocast, choose_amp_dtype, resolve_device
 from utils.flags import Parser, positive_int
 from utils.video_utils import middle_length, split_clip, to_float
 
-CONFIGURATIONS = {"demo": ["--preset", "demo"], "default": []}
+WITHOUT_PREDICTOR = ["--predictor", "none", "--optimizer", "adamw"]
+CONFIGURATIONS = {"demo": ["--preset", "demo", *WITHOUT_PREDICTOR], "default": []}
 REFERENCE = "reference"
 MATRIX = 8192  # rows of the matrix product that measures what the device can do
 
@@ -87,7 +89,8 @@ def our_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[
     batches = (to_float(batch.to(device, non_blocking=True)) for batch in repeat(clips))
     if args.compile:
         state.model.compile(dynamic=False)
-    return lambda: train_video_ddpm.train_step(state, schedule, batches, args, amp_dtype), state
+    predict = make_predictor("none", 1.0, state.ema)
+    return lambda: train_video_ddpm.train_step(state, schedule, predict, batches, args, amp_dtype), state
 
 
 def original_step(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
@@ -220,7 +223,7 @@ def first_step(rounds: int) -> list[float]:
     """Seconds from starting the training script to its first optimiser step, in a fresh folder and then again."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-u", train_video_ddpm.__file__, "--preset", "demo", "--max_steps", "1"]
+        command = [sys.executable, "-u", train_video_ddpm.__file__, *CONFIGURATIONS["demo"], "--max_steps", "1"]
         command += ["--vis_every", "0", "--cache_dir", f"{folder}/cache", "--out_dir"]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         for number in range(rounds):

@@ -297,8 +297,8 @@ def write_pickle(path, body):
 
 
 def test_a_network_is_not_made_before_it_is_found_to_be_that_of_the_weights(tmp_path):
-    given = build_parser().parse_given(words(NETWORK))
-    config = model_config_of(argparse.Namespace(color_mode="rgb", endpoint_context=2, **given))
+    given = build_parser().parse_given(words(NETWORK)) | {"color_mode": "rgb", "endpoint_context": 2}
+    config = model_config_of(argparse.Namespace(predictor="none", **given))
     weights = build_model(config).state_dict()
     vast = build_model(config | {"base_channels": 4096, "channel_mults": [1, 4096]}, "meta")  # 10^16 weights
     with pytest.raises(ValueError, match="last.pt: the weights do not fit its model_config .size mismatch"):

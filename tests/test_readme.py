@@ -49,9 +49,10 @@ def commands():
 
 def lowered(script, arguments, videos):
     """The same command on small clips, for two steps: later flags win."""
+    few_steps = [*TINY_FLAGS, "--max_steps", "2", "--predictor_steps", "1"]
     two_clips = ["--num_videos", "2", "--num_samples", "2", "--baselines", "nearest", "cross_fade"]
     few = {
-        "train_video_ddpm": ["--max_steps", "3"] if "--resume" in arguments else [*TINY_FLAGS, "--max_steps", "2"],
+        "train_video_ddpm": ["--max_steps", "3"] if "--resume" in arguments else few_steps,
         "sample_video_ddpm": ["--steps", "2"],
         "evaluate_video_ddpm": ["--steps", "2", *two_clips],
         "robot_pushing": ["--train", "1", "--test", "1"],

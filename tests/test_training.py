@@ -488,7 +488,10 @@ def test_curves_are_drawn_where_matplotlib_is(learned):
 def test_the_checkpoint_holds_what_the_design_lists(learned):
     checkpoint = last(learned)
     assert checkpoint["clip_config"] == {"num_frames": 8, "size": 16, "frame_stride": 1, "color_mode": "rgb"}
-    assert checkpoint["diffusion_config"] == {"timesteps": 1000, "schedule": "cosine", "noise_offset": 0.0}
+    assert checkpoint["diffusion_config"] == {
+        **{"timesteps": 1000, "schedule": "cosine", "noise_offset": 0.0},
+        **{"predictor": "none", "residual_scale": 1.0},
+    }
     assert checkpoint["model_config"]["endpoint_context"] == 2
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in checkpoint["model"])
     assert checkpoint["model"].keys() == checkpoint["ema"].keys()
@@ -533,13 +536,13 @@ def test_ema_copies_first_and_then_averages(train):
 
 @pytest.mark.parametrize(("rate", "expected"), [(0, {False}), (1, {True}), (0.5, {False, True})])
 def test_contexts_are_dropped_in_training_as_often_as_asked(train, monkeypatch, rate, expected):
-    blank, loss = [], train_video_ddpm.diffusion_loss
+    blank, loss = [], train_video_ddpm.loss_per_clip
 
-    def watch(model, schedule, start, middle, end, *rest):
-        blank.extend([bool(s.eq(0).all() and e.eq(0).all()) for s, e in zip(start, end, strict=True)])
-        return loss(model, schedule, start, middle, end, *rest)
+    def watch(state, network, schedule, inputs, weight):
+        blank.extend([bool(s.eq(0).all() and e.eq(0).all()) for s, e in zip(inputs[0], inputs[2], strict=True)])
+        return loss(state, network, schedule, inputs, weight)
 
-    monkeypatch.setattr(train_video_ddpm, "diffusion_loss", watch)
+    monkeypatch.setattr(train_video_ddpm, "loss_per_clip", watch)
     train("a", f"--max_steps 6 --cfg_drop_prob {rate}")
     assert set(blank) == expected and len(blank) == 12
 
@@ -547,14 +550,13 @@ def test_contexts_are_dropped_in_training_as_often_as_asked(train, monkeypatch, 
 @pytest.fixture
 def poison(monkeypatch):
     """A function that makes the losses of the given training steps, counted from 1, not a number."""
-    loss, calls = train_video_ddpm.diffusion_loss, itertools.count(1)
+    loss, calls = train_video_ddpm.loss_per_clip, itertools.count(1)
 
     def choose(poisoned):
         def poisoned_loss(*args):
-            terms = loss(*args)
-            return terms._replace(total=terms.total * (math.nan if poisoned(next(calls)) else 1))
+            return loss(*args) * (math.nan if poisoned(next(calls)) else 1)
 
-        monkeypatch.setattr(train_video_ddpm, "diffusion_loss", poisoned_loss)
+        monkeypatch.setattr(train_video_ddpm, "loss_per_clip", poisoned_loss)
 
     return choose
 
