@@ -8,7 +8,7 @@ from torchvision import models
 from diffusion.noise import generator_for
 from evaluation import metrics
 from evaluation.fvd import I3D, feature_distance, frechet_distance
-from evaluation.metrics import Scorer, clip_psnr, diversity, missing_for, ssim, temporal_error
+from evaluation.metrics import Scorer, clip_psnr, diversity, missing_for, sharpness, ssim, static_error, temporal_error
 from utils.interpolators import INTERPOLATORS, load_interpolator, missing_package, nearest, warp
 from utils.io import file_sha256
 from utils.video_utils import cross_fade, frame_psnr, split_clip, to_float, to_gray, to_uint8
@@ -82,6 +82,28 @@ def test_temporal_error_counts_steps_between_frames_and_to_the_observed_ends():
     flicker = truth.clone()
     flicker[:, :, 1] += 51 * 2 / 255
     assert temporal_error(flicker, truth, ends, ends).item() == pytest.approx(2 / 4 * 51 / 255, abs=1e-6)
+
+
+def test_static_error_counts_the_pixels_whose_true_values_stay_within_four_levels():
+    levels = torch.full((1, 1, 8, 4, 4), 100)
+    levels[:, :, 3, 0] += 3  # the noise of a video: still
+    levels[:, :, 7, 1] += 4  # moves in an observed frame: not still
+    start, truth, end = split_clip(to_float(levels.to(torch.uint8)), 2)
+    generated = truth.clone()
+    generated[:, :, :, 1] = 1.0  # far off, where it does not count
+    generated[:, :, 0, 2] += 20 / 127.5  # 10 of 255 levels off in one of four frames and of three still rows
+    assert static_error(generated, truth, start, end).item() == pytest.approx(20 / 255 / 4 / 3, abs=1e-9)
+    moving = to_float((torch.arange(8) * 30).to(torch.uint8)).view(1, 1, 8, 1, 1).expand(1, 1, 8, 4, 4)
+    start, truth, end = split_clip(moving, 2)
+    assert static_error(-truth, truth, start, end).item() == 0  # nothing is still
+
+
+def test_sharpness_is_the_ratio_of_the_energies_of_neighbouring_differences():
+    truth = to_float(to_uint8(noise(2, 3, 4, 8, 8))) / 2
+    assert sharpness(truth, truth).tolist() == [1, 1]
+    gained = sharpness(truth * 2, truth)  # energy is quadratic; 8-bit rounding moves it by some thousandths
+    torch.testing.assert_close(gained, torch.full_like(gained, 4.0), rtol=0.01, atol=0)
+    assert sharpness(torch.zeros_like(truth), truth).max() < 1e-4
 
 
 def test_diversity_is_the_mean_over_pairs():
