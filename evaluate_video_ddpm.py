@@ -120,6 +120,7 @@ def resolve_args(args: argparse.Namespace) -> MiddleFramePipeline | None:
         args.sampling = pipe.resolve_flags(args)
         if pipe.predictor != "none" and not any(settings["steps"] == 0 for settings in args.sampling):
             args.sampling.append(args.sampling[0] | {"steps": 0})  # what is refined: the predictor alone
+        args.sampling = list({describe_settings(settings): settings for settings in args.sampling}.values())
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

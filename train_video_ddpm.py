@@ -213,8 +213,8 @@ def resolve_args(
 
     # The rules that join several flags.
     args.residual_scale = resolve_scale(args.predictor, args.residual_scale)
-    if args.predictor != "learned" or args.dry_run:
-        args.predictor_steps = int(args.predictor == "learned")
+    if args.predictor != "none" and args.dynamic_threshold:
+        raise ValueError("--dynamic_threshold must be off with --predictor, whose residuals have no range")
     if (missing := missing_package(args.predictor)) is not None:
         raise ValueError(f"--predictor {args.predictor} cannot run here: {missing}")
     middle_length(args.num_frames, args.endpoint_context)
@@ -248,6 +248,7 @@ def train_step(
     device = state.metrics.values.device
     generator = generator_for(args.seed, TRAIN, state.data_step, device=device)
     part = (distributed.rank(), distributed.world_size())
+    trained, averaged = state.trained_part, state.ema.predictor if state.predicting else state.ema
 
     # Evaluate the loss and accumulate gradients.
     total_loss = torch.zeros((), device=device)
@@ -273,7 +274,7 @@ def train_step(
 
     # Clip gradients and update weights.
     state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), args.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(trained.parameters(), args.grad_clip or math.inf)
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(state.step, state.lr_schedule)
     if state.scaler.is_enabled():
@@ -290,7 +291,7 @@ def train_step(
     state.metrics.add(total_loss, norm)
     state.data_step += 1
     state.step += 1
-    update_ema(state.ema, state.model, args.ema_decay if state.phase_step > args.ema_update_after_step else 0.0)
+    update_ema(averaged, trained, args.ema_decay if state.phase_step > args.ema_update_after_step else 0.0)
 
 
 # --- the story --------------------------------------------------------------------------------------------------------
@@ -369,11 +370,11 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     first = distributed.rank_slice(len(shown)).start
     reads = [val_clips[0, shown[i]] for i in distributed.rank_slice(len(shown)) if args.vis_every or args.dry_run]
     preview_clips = next(failures.clips([collate(reads)], device)) if reads else None
-    if args.residual_scale == "measured":
+    if state.residual_scale == "measured":
         chosen = range(0, len(train_clips), math.ceil(len(train_clips) / SCALE_CLIPS))
         clips = failures.clips((collate([train_clips[0, i]]) for i in chosen), device)
-        args.residual_scale = measure_scale(clips, args.predictor, args.endpoint_context, state.ema)
-    refining = {"predictor": args.predictor, "residual_scale": args.residual_scale}
+        state.residual_scale = measure_scale(clips, args.predictor, args.endpoint_context, state.ema)
+    refining = {"predictor": args.predictor, "residual_scale": state.residual_scale}
     pipe = MiddleFramePipeline(state.ema, schedule, vars(args), args.noise_offset, amp_dtype, **refining)
 
     # Log and save on rank 0.
@@ -391,7 +392,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     try:
         while not (state.finished or stopped_by):
             train_step(state, schedule, pipe.predict, batches, args, amp_dtype)
-            if args.predictor == "learned" and state.step == args.predictor_steps:
+            if state.step == state.predictor_steps:
                 state.begin_refining(args, device)
             logger.count_step(clips_per_step)
 

@@ -32,7 +32,7 @@ from models.video_unet3d import VideoUNet3D
 from utils.flags import Parser, non_negative_int, nonempty_path, positive_int
 from utils.video_utils import split_clip, to_float
 
-FAST, SLOW = SAMPLER_PRESETS["fast"], SAMPLER_PRESETS["reference"]
+SLOW = SAMPLER_PRESETS["reference"]
 UNGUIDED = SLOW | {"guidance_scale": 1.0}
 REFERENCE = "reference: " + describe_settings(SLOW)
 REFERENCE_UNGUIDED = "reference at guidance 1"
@@ -66,7 +66,8 @@ class OriginalWay(nn.Module):
     def __init__(self, model: VideoUNet3D, guided: bool):
         super().__init__()
         self.model = copy.deepcopy(model).set_memory_format(channels_last=False)
-        self.endpoint_context = model.endpoint_context
+        self.endpoint_context, self.check_contexts = model.endpoint_context, model.check_contexts
+        self.predictor = model.predictor
         self.guided = guided
 
     def encode_contexts(self, start_context: Tensor, end_context: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,18 +143,20 @@ def benchmark(args: argparse.Namespace) -> None:
     """From flags to tables."""
     pipe = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device)
     clips = to_float(load_clips(args, pipe, max(*args.batch_sizes, args.quality_clips))).to(pipe.device)
-    rest = (pipe.schedule, pipe.clip_config, pipe.noise_offset)  # and no autocast
-    original, unguided = (MiddleFramePipeline(OriginalWay(pipe.model, guided), *rest) for guided in (True, False))
+    rest = {"predictor": pipe.predictor, "residual_scale": pipe.residual_scale, "noise_offset": pipe.noise_offset}
+    rest |= {"schedule": pipe.schedule, "clip_config": pipe.clip_config}  # and no autocast
+    original, unguided = (MiddleFramePipeline(OriginalWay(pipe.model, guided), **rest) for guided in (True, False))
+    default = SAMPLER_PRESETS[pipe.default_preset or "fast"]
     ways = {
         REFERENCE: (original, SLOW),
         "ours, as many steps": (pipe, SLOW),
         REFERENCE_UNGUIDED: (unguided, UNGUIDED),
         OURS_UNGUIDED: (pipe, UNGUIDED),
-        "ours, default: " + describe_settings(FAST): (pipe, FAST),
+        "ours, default: " + describe_settings(default): (pipe, default),
     }
     if args.compile:
         compiled = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device, compile=True)
-        ways["ours, default, compiled"] = (compiled, FAST)
+        ways["ours, default, compiled"] = (compiled, default)
 
     # Time every way at every batch size.
     nfe = {name: forwards_per_clip(pipe.schedule.timesteps, settings) for name, settings in SAMPLER_PRESETS.items()}
@@ -169,9 +172,9 @@ def benchmark(args: argparse.Namespace) -> None:
         measure.print_rows(f"{size} clip{'s' * (size > 1)} at once, {pipe.device}, {threads} threads", rows)
         results[f"batch {size}"] = rows
 
-    in_float32 = MiddleFramePipeline(pipe.model, *rest)
+    in_float32 = MiddleFramePipeline(pipe.model, **rest)
     if args.quality_clips:
-        results["quality"] = compare_quality((original, SLOW), (in_float32, FAST), clips[: args.quality_clips])
+        results["quality"] = compare_quality((original, SLOW), (in_float32, default), clips[: args.quality_clips])
     measure.save_results(args.out_dir, "sampling", pipe.device, results)
 
 

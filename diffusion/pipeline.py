@@ -31,9 +31,8 @@ SAMPLER_PRESETS: dict[str, dict[str, Any]] = {
     "reference": dict(zip(SETTINGS, ("ddim", 40, "linspace", 1.8, (0.0, 1.0), 0.0), strict=True)),
 }
 PREDICTORS = ("none", "cross_fade", "learned", "flow", "rife")
-ERRORS_PER_SCALE = (
-    2.0  # of a Laplace distribution the deviation is 1.4 mean absolute errors; 2 leaves room for outliers
-)
+# Of a Laplace distribution the deviation is 1.4 mean absolute errors; 2 leaves room for outliers.
+ERRORS_PER_SCALE = 2.0
 LEFT_OUT = ("model", "ema", "optimizer", "rng")  # of what a checkpoint says of its training: the tensors
 Frames = Tensor | Sequence[Any]
 
@@ -79,6 +78,8 @@ class MiddleFramePipeline:
         try:
             schedule = DiffusionSchedule(config["timesteps"], config["schedule"])
             model = build_model(checkpoint["model_config"], "meta")
+            predictor = config.get("predictor") or "none"
+            scale = resolve_scale(predictor, config.get("residual_scale"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         load_weights(model, checkpoint["model" if use_raw_model else "ema"], path)
@@ -86,11 +87,11 @@ class MiddleFramePipeline:
         if compile:
             model.compile_for_sampling()
         amp_dtype = torch.bfloat16 if amp and choose_amp_dtype(target) is torch.bfloat16 else None
-        trained = {name: value for name, value in checkpoint.items() if name not in LEFT_OUT}
-        how = {name: config[name] for name in ("predictor", "residual_scale") if name in config}
-        if (how.get("predictor") == "learned") == (model.predictor is None):
+        if (predictor == "learned") == (model.predictor is None):
             raise ValueError(f"{path}: its diffusion_config and its model_config disagree about the predictor")
-        return cls(model, schedule, checkpoint["clip_config"], config["noise_offset"], amp_dtype, trained, **how)
+        trained = {name: value for name, value in checkpoint.items() if name not in LEFT_OUT}
+        how = {"amp_dtype": amp_dtype, "trained": trained, "predictor": predictor, "residual_scale": scale}
+        return cls(model, schedule, checkpoint["clip_config"], config["noise_offset"], **how)
 
     @property
     def endpoint_context(self) -> int:
@@ -121,8 +122,11 @@ class MiddleFramePipeline:
         middle_length(args.num_frames, args.endpoint_context)
         check_size(args.size, self.model.size_multiple)
         if not self.trained["args"].get("cfg_drop_prob") and any(way["guidance_scale"] != 1 for way in grid):
-            remedy = "it needs --guidance_scale 1 (--preset fast beside it)"
+            remedy = f"it needs --guidance_scale 1 (--preset {self.default_preset or 'fast'} beside it)"
             print(f"note: {args.ckpt} has no trained unconditional branch: {remedy}", file=sys.stderr)
+        alone = self.trained["args"].get("predictor_steps") or 0 if self.predictor == "learned" else 0
+        if self.trained["step"] <= alone and any(way["steps"] for way in grid):
+            print(f"note: {args.ckpt} has not begun to refine: --steps 0 gives what it has learned", file=sys.stderr)
         return grid
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
@@ -131,9 +135,7 @@ class MiddleFramePipeline:
         if settings["steps"] == 0 and not refines:
             raise ValueError("steps must be at least 1 for a model without a predictor (got 0)")
         if refines and settings.get("dynamic_threshold"):
-            raise ValueError(
-                "dynamic_threshold must be off for a model with a predictor, whose residuals have no range"
-            )
+            raise ValueError("dynamic_threshold must be off for a model with a predictor (got True)")
         if settings["steps"]:
             checked = {name: settings[name] for name in SETTINGS if name != "guidance_scale"}
             check_sampler(self.schedule.timesteps, **checked)
@@ -172,7 +174,7 @@ class MiddleFramePipeline:
             num_middle: frames to generate; None = as in training.
             num_samples: different middles for each clip.
             generator: one for all, or one per clip and sample; None = torch's global one.
-            callback: called at every step, see `sample_middle`.
+            callback: called at every step, see `sample_middle`; of a model with a predictor its x0_hat is a residual.
             settings: of `sampler_settings`, such as preset, steps or guidance_scale; ValueError if out of range.
         """
         if num_samples < 1:
@@ -182,6 +184,9 @@ class MiddleFramePipeline:
         draw = {"noise_offset": self.noise_offset, "generator": generator, "callback": callback}
         settings = sampler_settings(self.default_preset, **settings)
         self.check_settings(settings)
+        self.model.check_contexts(*contexts)
+        if m < 1:
+            raise ValueError(f"num_middle must be at least 1 (got {m})")
         with autocast(self.device, self.amp_dtype):
             prediction = self.predict(*contexts, m)
             if settings["steps"] == 0:

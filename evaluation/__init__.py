@@ -1,1 +1,1 @@
-"""How good generated middle frames are: scores, baselines, protocols, statistics and the report."""
+"""How good generated middle frames are: scores, protocols, statistics and the report."""

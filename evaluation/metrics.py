@@ -18,9 +18,7 @@ from utils.video_utils import PSNR_CEILING, as_double, frame_psnr, join_clip, to
 METRICS = ("psnr", "ssim", "lpips", "temporal", "static", "sharpness", "diversity", "fvd")
 HIGHER_IS_BETTER = {"psnr", "psnr_clip", "ssim"}
 SSIM_WINDOW = 11  # pixels: a Gaussian of deviation 1.5 cut at 3.5 deviations, as scikit-image's
-STILL_LEVELS = (
-    4  # of 255: a pixel whose true values differ by less in all of a clip shows noise of the video, no motion
-)
+STILL_LEVELS = 4  # of 255: true values that differ by less in all of a clip show noise of the video, no motion
 LPIPS_SIZE = 128  # pixels, as MCVD's code; AlexNet needs more than small frames have
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 ALEXNET_SHA256 = "7be5be79"  # its first digits, which torchvision puts into the name

@@ -237,7 +237,7 @@ def animations(evaluator: Evaluator, videos: Sequence[Video], results: PerClipRe
     """
     method, k, lines = evaluator.methods[0], evaluator.endpoint_context, results.scored()
     scores = {line["clip"]: line["methods"][method.name]["samples"][0] for line in lines}
-    score = next((name for name in SCORES if name in scores[lines[0]["clip"]]), None)
+    score = next((name for name in SCORES[:-1] if name in scores[lines[0]["clip"]]), None)
     titles = ("best", "median", "worst") if score else ("first", "middle", "last")
     if score:
         lines.sort(key=lambda line: scores[line["clip"]][score], reverse=score in HIGHER_IS_BETTER)

@@ -12,15 +12,8 @@ from evaluation.fvd import feature_distance
 from evaluation.metrics import HIGHER_IS_BETTER
 from utils.io import atomic_write
 
-SCORES = (
-    "psnr",
-    "psnr_clip",
-    "ssim",
-    "lpips",
-    "temporal_l1",
-    "static_l1",
-    "sharpness",
-)  # numbers that a single sample of a clip has
+# Numbers that a single sample of a clip has; of the last, which is best at 1, there is no best sample.
+SCORES = ("psnr", "psnr_clip", "ssim", "lpips", "temporal_l1", "static_l1", "sharpness")
 RESAMPLES = 2000  # of the bootstrap; the ends of an interval then vary by a few percent of its width
 CONFIDENCE = 0.95
 
@@ -180,7 +173,7 @@ def summarise(lines: Sequence[dict[str, Any]], method: str, first: str, features
         for count in sorted({min(10, n), n}):
             best = {}
             for name, values in table.items():
-                if name == "sharpness":  # neither more nor less is better
+                if name == SCORES[-1]:
                     continue
                 choose = np.max if name in HIGHER_IS_BETTER else np.min
                 best[name] = estimate(choose(values[:, :count], axis=1))

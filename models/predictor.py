@@ -41,7 +41,8 @@ class FramePredictor(nn.Module):
     def forward(self, start_context: Tensor, end_context: Tensor, num_middle: int) -> tuple[Tensor, Tensor]:
         """The middle of contexts [B,C,K,H,W] in [-1, 1], and the log of its expected absolute error.
 
-        Returns: [B,C,M,H,W] in about [-1, 1], and [B,1,M,H,W] in LOG_ERROR_RANGE; any M, any H and W.
+        Returns: [B,C,M,H,W] in about [-1, 1], and [B,1,M,H,W] in LOG_ERROR_RANGE;
+        any M, and any size above 8 pixels.
         """
         b, c = start_context.shape[:2]
         features = self.encode(torch.cat([start_context, end_context], dim=2).flatten(1, 2))  # [B,width,H,W]
@@ -75,9 +76,8 @@ class FramePredictor(nn.Module):
 
 def warp(frames: Tensor, displacement: Tensor) -> Tensor:
     """Frames [B,C,H,W] sampled bilinearly at each pixel plus its displacement [B,2,H,W] (x, y), edges repeated."""
-    b, _, h, w = frames.shape
-    identity = torch.eye(2, 3, device=frames.device).expand(b, 2, 3)
-    here = F.affine_grid(identity, list(frames.shape), align_corners=False)  # [B,H,W,2] in [-1, 1]
-    step = torch.tensor([2 / w, 2 / h], device=frames.device)  # a pixel in units of that range
-    there = here + displacement.permute(0, 2, 3, 1) * step
+    h, w = frames.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(h, device=frames.device), torch.arange(w, device=frames.device), indexing="ij")
+    x, y = x + displacement[:, 0], y + displacement[:, 1]  # [B,H,W] in pixels
+    there = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], dim=-1)  # [B,H,W,2] in [-1, 1]
     return F.grid_sample(frames, there, mode="bilinear", padding_mode="border", align_corners=False)

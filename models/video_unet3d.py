@@ -54,8 +54,8 @@ class VideoUNet3D(nn.Module):
     ):
         super().__init__()
         check_architecture(base_channels, channel_mults, res_blocks, temporal_attn_levels, endpoint_context)
-        if not 0 <= predictor_width <= MAX_NUMBER:
-            raise ValueError(f"predictor_width must lie in [0, {MAX_NUMBER}] (got {predictor_width})")
+        if type(predictor_width) is not int or not 0 <= predictor_width <= MAX_NUMBER:
+            raise ValueError(f"predictor_width must be an integer in [0, {MAX_NUMBER}] (got {predictor_width})")
         self.image_channels = image_channels
         self.base_channels = base_channels
         self.endpoint_context = endpoint_context
@@ -127,12 +127,16 @@ class VideoUNet3D(nn.Module):
 
         Both are [B,C,K,H,W] in [-1, 1], zeros for the unconditional branch; ValueError if they do not fit the network.
         """
+        self.check_contexts(start_context, end_context)
+        return self.endpoint_encoder(start_context, end_context)
+
+    def check_contexts(self, start_context: Tensor, end_context: Tensor) -> None:
+        """Raises: ValueError: unless both are [B,C,K,H,W] of one shape that fits the network."""
         self._check_frames("start_context", start_context, self.endpoint_context)
         self._check_frames("end_context", end_context, self.endpoint_context)
         if start_context.shape != end_context.shape:
             got = f"{tuple(start_context.shape)} and {tuple(end_context.shape)}"
             raise ValueError(f"start_context and end_context must have one shape (got {got})")
-        return self.endpoint_encoder(start_context, end_context)
 
     def denoise(self, x_t: Tensor, t: Tensor, features: ContextFeatures) -> Tensor:
         """The velocity v of noisy middle frames x_t, both [B,C,M,H,W] with any M >= 1, at t, [B] long.

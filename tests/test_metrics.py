@@ -91,7 +91,7 @@ def test_static_error_counts_the_pixels_whose_true_values_stay_within_four_level
     start, truth, end = split_clip(to_float(levels.to(torch.uint8)), 2)
     generated = truth.clone()
     generated[:, :, :, 1] = 1.0  # far off, where it does not count
-    generated[:, :, 0, 2] += 20 / 127.5  # 10 of 255 levels off in one of four frames and of three still rows
+    generated[:, :, 0, 2] += 20 / 127.5  # 20 levels off in one of four frames and of three still rows
     assert static_error(generated, truth, start, end).item() == pytest.approx(20 / 255 / 4 / 3, abs=1e-9)
     moving = to_float((torch.arange(8) * 30).to(torch.uint8)).view(1, 1, 8, 1, 1).expand(1, 1, 8, 4, 4)
     start, truth, end = split_clip(moving, 2)

@@ -12,12 +12,13 @@ from test_training import all_finite, last, run
 import evaluate_video_ddpm
 import sample_video_ddpm
 import train_video_ddpm
-from diffusion.loss import ERROR_WEIGHT, SQUARED_WEIGHT, predictor_loss
+from diffusion.loss import ERROR_WEIGHT, LOWEST_LOG_ERROR, SQUARED_WEIGHT, predictor_loss
 from diffusion.noise import generator_for
 from diffusion.pipeline import MiddleFramePipeline, make_predictor, resolve_scale
 from diffusion.residual import Prediction
 from models.predictor import LOG_ERROR_RANGE, FramePredictor, warp
 from training.optimizer import Muon, orthogonalised
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.interpolators import load_interpolator
 from utils.video_utils import cross_fade, psnr, split_clip
 
@@ -113,12 +114,26 @@ def test_a_warp_moves_pixels_by_whole_and_half_displacements():
     torch.testing.assert_close(half[..., :-1], (frames[..., :-1] + frames[..., 1:]) / 2, rtol=0, atol=1e-5)
 
 
+def test_no_displacement_is_no_warp_whatever_autocast_would_do():
+    frames = noise(1, 3, 48, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(warp(frames, torch.zeros(1, 2, 48, 40)), frames, rtol=0, atol=1e-4)
+
+
+def test_the_lowest_error_that_a_predictor_expects_makes_no_loss_negative():
+    assert LOG_ERROR_RANGE[0] == LOWEST_LOG_ERROR
+    middle = noise(1, 3, 2, 8, 8)
+    sure = lambda start, end, m: (middle, torch.full((1, 1, 2, 8, 8), LOWEST_LOG_ERROR))  # noqa: E731
+    assert predictor_loss(sure, None, middle, None).item() == 0
+
+
 def test_the_expected_error_is_learned_as_the_width_of_a_laplace_distribution_and_moves_no_frame():
     middle = noise(2, 3, 4, 8, 8)
     frames, log_error = (middle + 0.2).requires_grad_(), torch.zeros(2, 1, 4, 8, 8, requires_grad=True)
     loss = predictor_loss(lambda start, end, m: (frames, log_error), None, middle, None)
     assert loss.shape == (2,)
-    torch.testing.assert_close(loss, torch.full((2,), 0.2 + SQUARED_WEIGHT * 0.04 + ERROR_WEIGHT * 0.2))
+    by_hand = 0.2 + SQUARED_WEIGHT * 0.04 + ERROR_WEIGHT * (0.2 - LOWEST_LOG_ERROR)
+    torch.testing.assert_close(loss, torch.full((2,), by_hand))
     loss.mean().backward()
     # d/dx of |x - m| + 2 (x - m)^2: nothing of the likelihood, which reaches the log error alone: b - |error|
     torch.testing.assert_close(frames.grad * frames.numel(), torch.full_like(frames, 1 + 2 * SQUARED_WEIGHT * 0.2))
@@ -227,8 +242,16 @@ def held_out(out):
 def test_a_predictor_that_needs_no_training_is_refined_from_the_first_step(train, flags):
     checkpoint = last(train("a", f"--max_steps 2 {flags}"))
     scale = checkpoint["diffusion_config"]["residual_scale"]
-    assert all_finite(checkpoint["model"]) and checkpoint["args"]["predictor_steps"] == 0
+    assert all_finite(checkpoint["model"])
     assert scale == 0.4 if "0.4" in flags else 0.02 < scale < 0.5
+
+
+def test_a_measured_scale_is_kept_by_the_same_command_with_resume(train):
+    flags = "--max_steps 3 --predictor cross_fade --residual_scale measured --predictor_steps 7"
+    out = train("a", flags, stop=1)
+    scale = last(out)["diffusion_config"]["residual_scale"]
+    run(out, f"--resume {flags}")
+    assert last(out)["step"] == 3 and last(out)["diffusion_config"]["residual_scale"] == scale
 
 
 def test_a_measured_scale_is_the_deviation_of_what_the_predictor_misses(train, square_videos):
@@ -253,7 +276,8 @@ WRONG = [
     ("--predictor cross_fade --residual_scale pixel", "must be a number or measured with predictor cross_fade"),
     ("--predictor learned --residual_scale measured", "must be a number or pixel with predictor learned"),
     ("--predictor learned --predictor_steps 9 --max_steps 9", "--predictor_steps must be below the 9 steps of the run"),
-    ("--predictor learned --predictor_width 9999", "--predictor_width must lie in [0, 4096] (got 9999)"),
+    ("--predictor learned --predictor_width 9999", "--predictor_width must be an integer in [0, 4096] (got 9999)"),
+    ("--predictor cross_fade --dynamic_threshold", "--dynamic_threshold must be off with --predictor"),
     ("--predictor learned --residual_scale -1", "must be a number above 0 (got -1)"),
 ]
 
@@ -334,10 +358,8 @@ def test_evaluation_scores_the_predictor_alone_beside_what_refines_it(refining, 
 
 
 def test_a_checkpoint_whose_parts_disagree_about_the_predictor_is_refused(refining, tmp_path):
-    from utils.checkpoint import load_checkpoint, save_checkpoint
-
     checkpoint = load_checkpoint(refining)
-    checkpoint["diffusion_config"]["predictor"] = "cross_fade"
+    checkpoint["diffusion_config"] |= {"predictor": "cross_fade", "residual_scale": 0.5}
     save_checkpoint(tmp_path / "odd.pt", checkpoint)
     with pytest.raises(ValueError, match=r"odd\.pt: its diffusion_config and its model_config disagree"):
         MiddleFramePipeline.from_checkpoint(tmp_path / "odd.pt", "cpu")
@@ -347,6 +369,54 @@ def test_a_checkpoint_whose_parts_disagree_about_the_predictor_is_refused(refini
         save_checkpoint(tmp_path / "odd.pt", checkpoint)
         with pytest.raises(ValueError, match=rf"odd\.pt: diffusion_config\.{key} is missing or out of range"):
             load_checkpoint(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("model_config", "predictor_width", "8"),
+        ("model_config", "predictor_width", True),
+        ("model_config", "predictor_width", torch.tensor(8)),
+        ("diffusion_config", "predictor", None),
+        ("diffusion_config", "residual_scale", "measured"),
+    ],
+)
+def test_a_checkpoint_with_odd_values_is_refused_by_name(refining, tmp_path, part, key, value):
+    checkpoint = load_checkpoint(refining)
+    checkpoint[part][key] = value
+    save_checkpoint(tmp_path / "odd.pt", checkpoint)
+    with pytest.raises(ValueError, match=r"odd\.pt: "):
+        MiddleFramePipeline.from_checkpoint(tmp_path / "odd.pt", "cpu")
+
+
+def test_a_scale_that_only_the_learned_predictor_has_is_refused_with_another(ckpt, tmp_path):
+    checkpoint = load_checkpoint(ckpt)
+    checkpoint["diffusion_config"] |= {"predictor": "cross_fade", "residual_scale": "pixel"}
+    save_checkpoint(tmp_path / "odd.pt", checkpoint)
+    with pytest.raises(ValueError, match=r"odd\.pt: residual_scale must be"):
+        MiddleFramePipeline.from_checkpoint(tmp_path / "odd.pt", "cpu")
+
+
+@pytest.mark.parametrize("how", [{"steps": 0}, {"steps": 2}])
+def test_contexts_that_do_not_fit_are_refused_before_they_are_predicted_from(refining, how):
+    pipe, (start, end) = MiddleFramePipeline.from_checkpoint(refining, "cpu"), contexts(1)
+    for pair, message in (
+        ((start[:, :, :1], end[:, :, :1]), "start_context must be"),
+        ((start[:, :1], end[:, :1]), "start_context must be"),
+        ((start, end.expand(2, -1, -1, -1, -1)), "must have one shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(*pair, **how)
+    with pytest.raises(ValueError, match="num_middle must be at least 1"):
+        pipe(start, end, num_middle=0, **how)
+
+
+def test_sampling_from_a_predictor_that_is_still_learning_says_so(train, tmp_path, capsys):
+    out = train("a", f"--max_steps 4 {REFINE} --predictor_steps 3", stop=2)
+    for steps, said in (("2", True), ("0", False)):
+        capsys.readouterr()
+        sample_video_ddpm.main(words(f"--ckpt {out / 'last.pt'} --out_dir {tmp_path / steps} --steps {steps}"))
+        assert ("has not begun to refine" in capsys.readouterr().err) == said
 
 
 def test_flow_is_clipped_to_the_range_of_frames():

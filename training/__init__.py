@@ -1,1 +1,1 @@
-"""What a training run needs beside network and loss: its state, checkpoints, log, and several processes."""
+"""What a run needs beside network and loss: state, optimiser, validation, checkpoints, log, several processes."""

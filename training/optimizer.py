@@ -51,7 +51,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """A matrix [N,M] with the same singular vectors and singular values near 1 (0.7 to 1.2), by Newton-Schulz steps."""
+    """A matrix [N,M] with its singular vectors, and values near 1 but for very small ones, by Newton-Schulz steps."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ

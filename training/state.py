@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from diffusion.loss import diffusion_loss, predictor_loss
 from diffusion.noise import INIT, generator_for
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
-from training.distributed import print0, wrap_ddp
+from training.distributed import is_main, print0, wrap_ddp
 from training.optimizer import Muon
 from utils.checkpoint import load_weights
 from utils.device import autocast
@@ -81,8 +82,9 @@ class TrainingState:
     """What a checkpoint carries on, and how far the run is to go.
 
     `step` counts optimiser steps, skipped ones included; `data_step` counts steps' worth of clips since the first epoch
-    began: they differ once a run goes on with another batch size. Data and noise follow `data_step`, learning rate and
-    EMA follow `step`. Weights are tried on `probe_batch`, the inputs of the first loss, before they are saved.
+    began: they differ once a run goes on with another batch size. Data and noise follow `data_step`; learning rate and
+    EMA follow `step`, and begin anew where refining does. Weights are tried on `probe_batch`, the inputs of the first
+    loss, before they are saved.
 
     A learned predictor is trained alone in the first `predictor_steps`; it is then fixed, and the network refines it.
     """
@@ -94,6 +96,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     metrics: TrainMetrics
     predictor_steps: int = 0
+    residual_scale: float | str = 1.0  # "measured" until it is
     step: int = 0
     data_step: int = 0
     best_val_loss: float = math.inf
@@ -130,7 +133,7 @@ class TrainingState:
         self.total_steps = self.step + max(0, self.total_data_steps - self.data_step)
         if args.max_steps and not args.dry_run:
             self.total_steps = min(self.total_steps, args.max_steps)
-        if self.predictor_steps >= max(1, self.total_steps):
+        if self.predictor_steps >= max(1, self.total_steps) and not self.finished:
             steps = f"the {self.total_steps} steps of the run, as refining needs some"
             raise ValueError(f"--predictor_steps must be below {steps} (got {self.predictor_steps})")
         self.plan_lr(args, self.lr_schedule)
@@ -152,23 +155,27 @@ class TrainingState:
         """Fix the predictor at its EMA, as which it is sampled from, and begin to train the network around it."""
         self.model.predictor.load_state_dict(self.ema.predictor.state_dict())
         self.best_val_loss, self.probe_batch = math.inf, None  # of another loss
+        self.metrics.take_mean("line"), self.metrics.take_mean("epoch")
         self.plan_lr(args, {})
         self.wrap_trained_part(device)
-        print0(f"step {self.step}: the predictor is trained; refining begins")
+        if is_main():
+            tqdm.write(f"step {self.step}: the predictor is trained; refining begins")
 
 
-def divergence_threshold(noise_offset: float, temporal_loss_weight: float) -> float:
+def divergence_threshold(noise_offset: float, temporal_loss_weight: float, residual_scale: float | str = 1.0) -> float:
     """The loss above which training counts as diverged: ten times the most that predicting 0 can have.
 
     v has at most the variance of eps, as clips lie in [-1, 1]; frame differences of natural clips are below 1.
+    Residuals are 1 / scale times as large; in measured or expected units they are near 1, as is the predictor's loss.
     """
-    return DIVERGED * (1 + noise_offset**2 + temporal_loss_weight)
+    larger = residual_scale**-2 if isinstance(residual_scale, float) else 1.0
+    return DIVERGED * (1 + noise_offset**2 + temporal_loss_weight) * max(1.0, larger)
 
 
 def get_lr(step: int, schedule: Mapping[str, float]) -> float:
     """Linear warm-up from start_step, then half a cosine from start_lr to zero at total_steps."""
     start, warmup = schedule["start_step"], schedule["warmup_steps"]
-    if step < start + warmup:
+    if start <= step < start + warmup:
         return schedule["start_lr"] * (step - start + 1) / warmup
     share = (step - start - warmup) / max(1, schedule["total_steps"] - start - warmup)
     return schedule["start_lr"] * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
@@ -207,8 +214,10 @@ def init_state(args: argparse.Namespace, device: torch.device, amp_dtype: torch.
     model.activation_checkpointing = args.activation_checkpointing
     optimizer = make_optimizer(model, args.optimizer, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    metrics = TrainMetrics(device, divergence_threshold(args.noise_offset, args.temporal_loss_weight))
-    return TrainingState(model.train(), model, ema, optimizer, scaler, metrics, args.predictor_steps)
+    threshold = divergence_threshold(args.noise_offset, args.temporal_loss_weight, args.residual_scale)
+    alone = 0 if args.predictor != "learned" else 1 if args.dry_run else args.predictor_steps
+    parts = (model.train(), model, ema, optimizer, scaler, TrainMetrics(device, threshold))
+    return TrainingState(*parts, alone, args.residual_scale)
 
 
 def make_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.AdamW:
@@ -220,7 +229,7 @@ def to_checkpoint(state: TrainingState, args: argparse.Namespace, epoch_steps: i
     """What `restore` and sampling read: training goes on exactly, and sampling needs no flag."""
     epoch, step_in_epoch = divmod(state.data_step, epoch_steps)
     diffusion = {"timesteps": args.timesteps, "schedule": args.beta_schedule, "noise_offset": args.noise_offset}
-    diffusion |= {"predictor": args.predictor, "residual_scale": args.residual_scale}
+    diffusion |= {"predictor": args.predictor, "residual_scale": state.residual_scale}
     modules = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer, "scaler": state.scaler}
     return {
         "step": state.step,
@@ -263,6 +272,7 @@ def restore(
     sums = [float(state.history["sums"].get(name) or 0) for name in TrainMetrics.NAMES]
     state.metrics.values = state.metrics.values.new_tensor(sums)
     state.lr_schedule = checkpoint["lr_scheduler"]
+    state.residual_scale = checkpoint["diffusion_config"].get("residual_scale", 1.0)
     torch.set_rng_state(checkpoint["rng"]["torch"])
 
 
@@ -281,7 +291,7 @@ def check_resumable(checkpoint: dict[str, Any], source: object) -> None:
     groups = make_optimizer(model, checkpoint["args"].get("optimizer", "adamw"), 1.0).param_groups
     kinds = [{"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"}]  # of AdamW, and of Muon's matrices
     parameters = [(p, kind) for group, kind in zip(groups, kinds, strict=False) for p in group["params"]]
-    sound = moments.keys() <= set(range(len(parameters)))
+    sound = all(type(number) is int and 0 <= number < len(parameters) for number in moments)
     for number, entry in moments.items() if sound else ():
         parameter, kind = parameters[number]
         sound = sound and isinstance(entry, dict) and set(entry) == kind
@@ -317,7 +327,7 @@ def loss_per_clip(
 
 @torch.no_grad()
 def probe_loss(state: TrainingState, schedule: DiffusionSchedule, weight: float, dtype: torch.dtype | None) -> float:
-    """The loss of the first batch since the start under the present weights, 0 before the first step.
+    """The loss of the first batch since the start (of refining) under the present weights, 0 before the first step.
 
     The host waits for it.
     """

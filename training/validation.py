@@ -76,4 +76,4 @@ def measure_scale(clips: Iterable[Tensor], predictor: str, endpoint_context: int
     for clip in clips:
         start, middle, end = split_clip(clip, endpoint_context)
         squares.append(predict(start, end, middle.shape[2]).to_residual(middle).square().mean().item())
-    return math.sqrt(sum(squares) / len(squares))
+    return max(2 / 255, math.sqrt(sum(squares) / len(squares)))  # not below a grey level, where nothing moves
