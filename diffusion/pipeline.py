@@ -184,9 +184,10 @@ class MiddleFramePipeline:
         draw = {"noise_offset": self.noise_offset, "generator": generator, "callback": callback}
         settings = sampler_settings(self.default_preset, **settings)
         self.check_settings(settings)
-        self.model.check_contexts(*contexts)
-        if m < 1:
-            raise ValueError(f"num_middle must be at least 1 (got {m})")
+        if self.predictor != "none":  # what is predicted from must fit, as what is sampled from
+            self.model.check_contexts(*contexts)
+            if m < 1:
+                raise ValueError(f"num_middle must be at least 1 (got {m})")
         with autocast(self.device, self.amp_dtype):
             prediction = self.predict(*contexts, m)
             if settings["steps"] == 0:
