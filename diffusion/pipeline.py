@@ -82,6 +82,8 @@ class MiddleFramePipeline:
             scale = resolve_scale(predictor, config.get("residual_scale"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if use_raw_model and "model" not in checkpoint:
+            raise ValueError(f"{path} holds EMA weights alone: --use_raw_model needs a checkpoint of training")
         load_weights(model, checkpoint["model" if use_raw_model else "ema"], path)
         model = model.to(target).set_memory_format().eval()
         if compile:

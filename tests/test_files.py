@@ -214,7 +214,7 @@ def test_what_is_no_checkpoint_is_one_clear_error(tmp_path):
     expected = dict.fromkeys(("cut", "empty", "text"), "not a readable checkpoint") | {"missing": "no such checkpoint"}
     expected |= {"rotten": "wrong checksum of ", "foreign": "has no 'format'", "newer": r"format must be 1 \(got 99\)"}
     keys = {"odd": "model_config", "vast": "diffusion_config.timesteps", "untyped": "clip_config.size"}
-    keys |= {"partial": "epoch"}
+    keys |= {"partial": "ema"}
     refused(tmp_path, expected | {name: f"{key} is missing or out of range" for name, key in keys.items()})
 
 

@@ -85,7 +85,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path]:
     failures: list[ValueError] = []
     for path in (folder / "last.pt", folder / "prev.pt"):
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_checkpoint(path, resumable=True)
             check_resumable(checkpoint, path)
         except ValueError as error:
             failures.append(error)

@@ -5,6 +5,7 @@ there is, so the pickle is scanned first, and then every value that sampling and
 """
 
 import io
+import json
 import math
 import pickle
 import pickletools
@@ -16,6 +17,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import Tensor
 from utils.io import atomic_write
 
 FORMAT = 1
+SAFE_SUFFIX = ".safetensors"
 # What Python, torch and zipfile raise over damaged or made-up files.
 LOAD_ERRORS = (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError, AssertionError)
 LOAD_ERRORS += (ArithmeticError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError)
@@ -35,6 +38,7 @@ ALLOWED_GLOBALS = {
     "collections OrderedDict": OrderedDict,
     "torch._utils _rebuild_tensor_v2": lambda *parts: None,
     "torch FloatStorage": "float32",
+    "torch HalfStorage": "float16",
     "torch ByteStorage": "uint8",
 }
 ALLOWED_OPCODES = re.compile(
@@ -96,11 +100,14 @@ def is_integer(high: int, low: int = 0) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and low <= value <= high
 
 
-def is_state_dict(value: Any) -> bool:
-    """Whether a value is a dict of names to float32 tensors."""
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(weight, Tensor) and weight.dtype == torch.float32
-        for name, weight in value.items()
+def is_state_dict(*dtypes: torch.dtype) -> Callable[[Any], bool]:
+    """Whether a value is a dict of names to tensors of these types."""
+    return lambda value: (
+        isinstance(value, dict)
+        and all(
+            isinstance(name, str) and isinstance(weight, Tensor) and weight.dtype in dtypes
+            for name, weight in value.items()
+        )
     )
 
 
@@ -127,14 +134,11 @@ def is_a(*kinds: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kinds)
 
 
-CONTENTS: dict[str, Callable[[Any], bool]] = {  # dotted keys; a missing value counts as None
-    **dict.fromkeys(("step", "epoch", "step_in_epoch"), is_integer(2**53)),
-    "best_val_loss": lambda value: is_number(value) or value == math.inf,
-    **dict.fromkeys(("model", "ema"), is_state_dict),
-    "optimizer.state": is_a(dict),
-    "lr_scheduler": has_numbers("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps"),
-    "scaler": has_numbers(),
-    "rng.torch": is_a(Tensor),
+Rules = dict[str, Callable[[Any], bool]]  # of dotted keys; a missing value counts as None
+
+SAMPLING: Rules = {  # what every checkpoint holds
+    "step": is_integer(2**53),
+    "ema": is_state_dict(torch.float32, torch.float16),
     "model_config": is_a(dict),
     "model_config.image_channels": lambda value: type(value) is int and value in (1, 3),
     "model_config.endpoint_context": is_integer(4096, 1),
@@ -145,22 +149,32 @@ CONTENTS: dict[str, Callable[[Any], bool]] = {  # dotted keys; a missing value c
     "diffusion_config.noise_offset": lambda value: is_number(value) and 0 <= value <= 100,
     "diffusion_config.predictor": lambda value: value in (None, "none", "cross_fade", "learned", "flow", "rife"),
     "diffusion_config.residual_scale": lambda value: value in (None, "pixel") or (is_number(value) and value > 0),
-    **dict.fromkeys(("args.batch_size", "args.grad_accum"), is_integer(4096, 1)),
     "args.cfg_drop_prob": lambda value: value is None or is_number(value),
     "args.seed": is_integer(2**63 - 1),
     "args.val_ratio": is_number,
     **dict.fromkeys(("args.data_root", "args.cache_dir"), is_a(str, type(None))),
     "args.max_videos": lambda value: value is None or is_integer(2**31, 2)(value),
-    "args.processes": lambda value: value is None or is_integer(2**20, 1)(value),
+    "args.predictor_steps": lambda value: value is None or is_integer(2**53)(value),
     "history": is_history,
+}
+TRAINING: Rules = {  # what resuming needs beside it, and exported weights are without
+    **dict.fromkeys(("epoch", "step_in_epoch"), is_integer(2**53)),
+    "best_val_loss": lambda value: is_number(value) or value == math.inf,
+    **dict.fromkeys(("model", "ema"), is_state_dict(torch.float32)),
+    "optimizer.state": is_a(dict),
+    "lr_scheduler": has_numbers("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps"),
+    "scaler": has_numbers(),
+    "rng.torch": is_a(Tensor),
+    **dict.fromkeys(("args.batch_size", "args.grad_accum"), is_integer(4096, 1)),
+    "args.processes": lambda value: value is None or is_integer(2**20, 1)(value),
     "history.sums": lambda value: has_numbers()(value | {"grad_norm": 0}),  # that alone may be infinite
     "history.sums.grad_norm": is_a(float, type(None)),
 }
 
 
-def check_contents(state: dict[str, Any], path: Path) -> None:
-    """Refuse a checkpoint that sampling or resuming could not use, in a ValueError that names the file and the key."""
-    for key, holds in CONTENTS.items():
+def check_contents(state: dict[str, Any], path: Path, rules: Rules) -> None:
+    """Refuse a checkpoint that breaks one of `rules`, in a ValueError that names the file and the key."""
+    for key, holds in rules.items():
         try:
             sound = bool(holds(reduce(dict.get, key.split("."), state)))
         except LOAD_ERRORS:  # of a rule that met another kind of value
@@ -170,7 +184,8 @@ def check_contents(state: dict[str, Any], path: Path) -> None:
     if (state["model_config"]["image_channels"] == 1) != (state["clip_config"]["color_mode"] == "gray"):
         raise ValueError(f"{path}: its image_channels and its color_mode disagree")
     claimed, size = 0, path.stat().st_size
-    for group in (state["model"], state["ema"], *state["optimizer"]["state"].values()):
+    moments = state["optimizer"]["state"].values() if rules is TRAINING else ()
+    for group in (state["ema"], state["model"] if rules is TRAINING else {}, *moments):
         for value in group.values() if isinstance(group, dict) else ():
             claimed += 1 + (value.nbytes if isinstance(value, Tensor) else 0)
             if claimed > size:
@@ -195,15 +210,53 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], previous: Path | No
         raise OSError(f"{path} could not be written ({reason}; {free} in {path.parent})") from error
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, executing nothing in it; a ValueError names a file that is not to be used."""
+def save_weights(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Write what sampling needs of a loaded checkpoint: its EMA in half precision, its configuration.
+
+    Raises: ValueError: for a name that ends in .safetensors where that package is absent.
+    """
+    kept = ("step", "model_config", "diffusion_config", "clip_config", "args", "history")
+    state = {name: checkpoint[name] for name in kept}
+    ema = {name: weight.half() for name, weight in checkpoint["ema"].items()}
+    if Path(path).suffix != SAFE_SUFFIX:
+        save_checkpoint(path, state | {"ema": ema})
+        return
+    from safetensors.torch import save
+
+    contiguous = {name: weight.contiguous() for name, weight in ema.items()}
+    with atomic_write(Path(path)) as file:
+        file.write(save(contiguous, {"checkpoint": json.dumps({"format": FORMAT, **state})}))
+
+
+def load_safetensors(path: Path) -> dict[str, Any]:
+    """Exported weights in that form, as `load_checkpoint` gives them; it cannot hold code."""
+    if find_spec("safetensors") is None:
+        raise ValueError("it needs pip install safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            ema = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            return json.loads(file.metadata()["checkpoint"]) | {"ema": ema}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def load_checkpoint(path: str | Path, resumable: bool = False) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, executing nothing in it; a ValueError names a file that is not to be used.
+
+    Weights of `save_weights` are a checkpoint, too, unless it is to be `resumable`.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            check_archive(archive, path.stat().st_size)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == SAFE_SUFFIX:
+            state = load_safetensors(path)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                check_archive(archive, path.stat().st_size)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except LOAD_ERRORS as error:
         reason = str(error)[:120] if type(error) is ValueError else type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint ({reason})") from error
@@ -212,7 +265,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if type(state["format"]) is not int or state["format"] != FORMAT:
         got = state["format"] if is_number(state["format"]) else type(state["format"]).__name__
         raise ValueError(f"{path}: checkpoint format must be {FORMAT} (got {got})")
-    check_contents(state, path)
+    check_contents(state, path, SAMPLING)
+    if resumable or "optimizer" in state:
+        check_contents(state, path, TRAINING)
     return state
 
 
@@ -223,7 +278,8 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: str
     """
     try:
         # a plain dict, as torch notes "assign" in the metadata of a state dict and would heed it in every later loading
-        model.load_state_dict(dict(weights), assign=next(model.parameters()).is_meta)
+        floats = {name: weight.float() for name, weight in weights.items()}  # of half precision, too
+        model.load_state_dict(floats, assign=next(model.parameters()).is_meta)
     except RuntimeError as error:
         reason = " ".join(str(error).splitlines()[1:2]).strip()
         raise ValueError(f"{source}: the weights do not fit its model_config ({reason[:200]})") from error
