@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,6 @@ from data.kinetics_video_dataset import (
 )
 from data.synthetic_videos import make_synthetic_videos
 from data.video_index import clip_span, prepare_videos
-import diffusion.loss as objective
 from diffusion.loss import drop_contexts, sample_training_noise
 from diffusion.noise import TRAIN, generator_for
 from diffusion.pipeline import PREDICTORS, MiddleFramePipeline, resolve_scale
@@ -62,7 +60,6 @@ from utils.interpolators import missing_package
 from utils.video_utils import middle_length, split_clip
 
 PREVIEW_CLIPS = 8
-CLOCK = [0.0]
 SCALE_CLIPS = 64  # training clips to measure a residual scale on, at most
 OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T, or pass --activation_checkpointing"
 
@@ -126,8 +123,6 @@ def build_parser() -> Parser:
     levels = "levels with temporal attention, 0 = full size; the bottleneck always has it"
     add("--temporal_attn_levels", type=non_negative_int, nargs="*", default=[1, 2], help=levels)
 
-    add("--variant", default="", help="one change, for the ablation: seams, t_normal, t_normal_high, or of the network")
-
     add = parser.add_argument_group("diffusion").add_argument
     add("--timesteps", type=integer_up_to(100_000), default=1000, help="length of the noise schedule")
     add("--beta_schedule", choices=SCHEDULES, default="cosine", help="shape of the noise schedule")
@@ -159,8 +154,6 @@ def build_parser() -> Parser:
     )
     add("--lr", type=flags.positive_float, default=1e-4, help="peak learning rate, cosine to 0")
     add("--warmup_steps", type=non_negative_int, default=0, help="steps of linear rise; 0 = none")
-    add("--max_cpu_seconds", type=non_negative_float, default=0.0, help="end after so many seconds of one thread")
-    add("--predictor_share", type=non_negative_float, default=0.0, help="share of them for the learned predictor")
     add("--epochs", type=positive_int, default=30, help="passes over the training clips")
     add("--max_steps", type=non_negative_int, default=0, help="stop after so many optimiser steps; 0 = by --epochs")
     add("--grad_clip", type=non_negative_float, default=1.0, help="largest gradient norm; 0 = no clipping")
@@ -265,7 +258,6 @@ def train_step(
         if not state.predicting:
             with autocast(device, amp_dtype):
                 residual = predict(start, end, middle.shape[2]).to_residual(middle)
-                state.model.given = state.ema.given
             drawn = (generator, args.cfg_drop_prob, args.noise_offset, part)
             noise = sample_training_noise(middle, args.timesteps, *drawn)
             start, end = drop_contexts(start, end, noise.dropped)  # for the network: the prediction keeps them
@@ -275,9 +267,9 @@ def train_step(
         with contextlib.nullcontext() if is_last else distributed.no_sync(state.ddp_model):
             with autocast(device, amp_dtype):
                 losses = loss_per_clip(state, state.ddp_model, schedule, inputs, args.temporal_loss_weight)
-            mean_loss = losses.mean() / args.grad_accum
-            state.scaler.scale(mean_loss).backward()
-        total_loss += mean_loss.detach()
+            loss = losses.mean() / args.grad_accum
+            state.scaler.scale(loss).backward()
+        total_loss += loss.detach()
     total_loss = distributed.all_reduce_mean(total_loss)
 
     # Clip gradients and update weights.
@@ -285,15 +277,6 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(trained.parameters(), args.grad_clip or math.inf)
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(state.step, state.lr_schedule)
-        if args.max_cpu_seconds:
-            share = min(1.0, (time.process_time() - CLOCK[0]) / args.max_cpu_seconds)
-            lr, begun, share = args.lr, state.step - state.predictor_steps, share
-            if args.predictor_share:
-                first = args.predictor_share
-                lr = args.predictor_lr if state.predicting else args.lr
-                share = share / first if state.predicting else (share - first) / (1 - first)
-                begun = state.step if state.predicting else begun
-            group["lr"] = lr * min(1, (max(0, begun) + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
     if state.scaler.is_enabled():
         state.scaler.step(state.optimizer)
         state.scaler.update()
@@ -304,9 +287,6 @@ def train_step(
             state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
 
-    if args.max_cpu_seconds:  # the learning rate falls with the time spent: every variant ends at the same cost
-        share = (time.process_time() - CLOCK[0]) / args.max_cpu_seconds
-        state.total_steps = state.step + (1 if share >= 1 else 10**6)
     # Count the step and update EMA.
     state.metrics.add(total_loss, norm)
     state.data_step += 1
@@ -360,8 +340,6 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     epoch_steps = steps_per_epoch(len(train_clips), clips_per_step)
 
     # Make network, optimiser and schedules, and go on where the checkpoint stands.
-    objective.SEAMS[:] = [True] * (args.variant == "seams")
-    objective.T_POWER[0] = {"t_normal": 10.0, "t_normal_high": 10.8}.get(args.variant, 0.0)
     state = init_state(args, device, amp_dtype)
     schedule = DiffusionSchedule(args.timesteps, args.beta_schedule).to(device)
     if checkpoint:
@@ -410,14 +388,10 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         checkpointer = Checkpointer(out_dir, last_is_whole, contents, probe, args.save_every, args.save_minutes)
     logger.log_run(vars(args))
 
-    CLOCK[0] = time.process_time()
     stop, stopped_by, saved = StopRequest(), 0, source
     try:
         while not (state.finished or stopped_by):
             train_step(state, schedule, pipe.predict, batches, args, amp_dtype)
-            spent = (time.process_time() - CLOCK[0]) / (args.max_cpu_seconds or 1)
-            if args.max_cpu_seconds and state.predicting and spent >= args.predictor_share:
-                state.predictor_steps = state.step
             if state.step == state.predictor_steps:
                 state.begin_refining(args, device)
             logger.count_step(clips_per_step)

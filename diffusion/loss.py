@@ -13,9 +13,6 @@ from diffusion.schedule import DiffusionSchedule
 SQUARED_WEIGHT = 2.0  # of the squared error beside the absolute one, which alone gives 0.3 dB less on built-in clips
 ERROR_WEIGHT = 0.1  # of the term that learns the expected error, which reaches the features, but not the frames
 LOWEST_LOG_ERROR = -7.0  # of a predictor: taken off, so that no loss is negative
-SEAMS: list[bool] = []  # not empty = the temporal term counts the steps from and to the observed frames
-T_POWER = [0.0]  # not 0 = t is drawn logit-normally with this mean, deviation 1
-GUESSES = torch.Generator().manual_seed(0)
 VALIDATION_PAIRS = 64  # at least so many (clip, t) pairs, so that few clips still cover the noise levels
 
 
@@ -51,8 +48,6 @@ def sample_training_noise(
     b, c = middle.shape[0] * parts, middle.shape[1]
     where = {"generator": generator, "device": generator.device}
     t = torch.randint(timesteps, (b,), **where)
-    if T_POWER[0]:
-        t = (torch.sigmoid(torch.randn(b, **where) + T_POWER[0] % 10) * timesteps).long().clamp(0, timesteps - 1)
     eps = torch.randn(b, *middle.shape[1:], **where)
     dropped = torch.rand(b, **where) < cfg_drop_prob
     if noise_offset:
@@ -86,19 +81,9 @@ def diffusion_loss(
 ) -> LossTerms:
     """MSE on v plus temporal_loss_weight * `temporal_l1`, per clip, in float32 whatever the network computed in."""
     x_t = schedule.add_noise(middle, eps, t)
-    network = getattr(model, "module", model)
-    if getattr(network, "variant", "") == "self_conditioning":
-        network.guess = None
-        if network.training and torch.rand((), generator=GUESSES) < 0.5:
-            with torch.no_grad():
-                network.guess = schedule.x0_from_v(x_t, model(x_t, t, start_context, end_context).float(), t)
     v_hat = model(x_t, t, start_context, end_context).float()
     v_mse = (v_hat - schedule.v_from(middle, eps, t)).square().flatten(1).mean(1)  # [B]
-    x0_hat = schedule.x0_from_v(x_t, v_hat, t)
-    if SEAMS:
-        ends = (start_context[:, :, -1:], end_context[:, :, :1])
-        x0_hat, middle = (torch.cat([ends[0], x, ends[1]], dim=2) for x in (x0_hat, middle))
-    motion = temporal_l1(x0_hat, middle)  # [B]
+    motion = temporal_l1(schedule.x0_from_v(x_t, v_hat, t), middle)  # [B]
     return LossTerms(v_mse + temporal_loss_weight * motion, v_mse, motion)
 
 

@@ -179,7 +179,7 @@ def sample_middle(
 
     # Denoise step by step.
     x_t = draw_eps(noise_offset=noise_offset)  # [B,C,M,H,W]
-    x0_before = model.guess = None
+    x0_before = None
     for i, t_now in enumerate(visited):
         t = torch.full((b,), t_now, device=device)
         v = denoise(x_t, t, guided[i])
@@ -188,7 +188,6 @@ def sample_middle(
             x0_hat = dynamic_thresholding(x0_hat)
         elif clip_x0:
             x0_hat = x0_hat.clamp(*x0_range)
-        model.guess = x0_hat if getattr(model, "variant", "") == "self_conditioning" else None
         if callback is not None:
             callback(i=i, t=t, x_t=x_t, v=v, x0_hat=x0_hat)
         second_order = sampler == "dpmpp_2m" and 0 < i < steps - 1

@@ -20,15 +20,6 @@ from models.predictor import FramePredictor
 
 ATTENTION_HEADS = 4
 MAX_NUMBER = 4096  # in a model_config: an absurd one in a foreign checkpoint must not exhaust memory or time
-VARIANTS = (
-    "frame_time",
-    "fade_input",
-    "ends_attention",
-    "spatial_attention",
-    "two_plus_one",
-    "self_conditioning",
-    "given",
-)
 MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # likewise: even without weights each module takes time
 
 
@@ -45,39 +36,7 @@ class Level(nn.Module):
         """[B,C_in,M,H,W] -> [B,C_out,M,H,W]."""
         for block in self.blocks:
             x = block(x, time_embedding)
-        return x
-
-
-class SpatialAttention(nn.Module):
-    """Each frame's pixels attend over each other: GroupNorm, 4 heads, added."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm, self.qkv = group_norm(channels), nn.Linear(channels, 3 * channels)
-        self.out = zero_module(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, m, h, w = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 4, 1).reshape(b * m, h * w, c)
-        q, k, v = self.qkv(tokens).view(b * m, h * w, 3, ATTENTION_HEADS, -1).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b * m, h * w, c)
-        return x + self.out(mixed).view(b, m, h, w, c).permute(0, 4, 1, 2, 3)
-
-
-class TwoPlusOne(nn.Module):
-    """A 3x3x3 convolution as 1x3x3, SiLU, 3x1x1 of the width that gives the same work."""
-
-    def __init__(self, conv: FrameConv3d, zero: bool):
-        super().__init__()
-        i, o = conv.in_channels, conv.out_channels
-        middle = 27 * i * o // (9 * i + 3 * o)
-        self.space = nn.Conv3d(i, middle, (1, 3, 3), padding=(0, 1, 1))
-        self.time = nn.Conv3d(middle, o, (3, 1, 1), padding=(1, 0, 0))
-        if zero:
-            zero_module(self.time)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.time(nn.functional.silu(self.space(x)))
+        return self.attention(x)
 
 
 class VideoUNet3D(nn.Module):
@@ -91,7 +50,6 @@ class VideoUNet3D(nn.Module):
         res_blocks: int = 2,  # per level and direction
         temporal_attn_levels: Sequence[int] = (1, 2),  # levels with temporal attention; the bottleneck always has it
         endpoint_context: int = 2,  # observed frames K at each end
-        variant: str = "",  # of VARIANTS: one change of the network, for the ablation
         predictor_width: int = 0,  # of the predictor that is trained, saved and averaged with it; 0 = none
     ):
         super().__init__()
@@ -99,7 +57,6 @@ class VideoUNet3D(nn.Module):
         if type(predictor_width) is not int or not 0 <= predictor_width <= MAX_NUMBER:
             raise ValueError(f"predictor_width must be an integer in [0, {MAX_NUMBER}] (got {predictor_width})")
         self.image_channels = image_channels
-        self.guess = self.given = None
         self.base_channels = base_channels
         self.endpoint_context = endpoint_context
         self.activation_checkpointing = False  # True: training keeps each stage's inputs alone and recomputes the rest
@@ -108,15 +65,7 @@ class VideoUNet3D(nn.Module):
 
         self.time_mlp = nn.Sequential(nn.Linear(c, time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels))
         self.endpoint_encoder = EndpointEncoder(image_channels, endpoint_context, c, widths)
-        self.variant = variant
-        more = {
-            "frame_time": 1,
-            "fade_input": image_channels,
-            "self_conditioning": image_channels,
-            "given": image_channels + 1,
-        }
-        more = more.get(variant, 0)
-        self.stem = FrameConv3d(3 * image_channels + more, c)  # x_t and the two nearest frames
+        self.stem = FrameConv3d(3 * image_channels, c)  # x_t and the two nearest frames
         self.stem_film = FiLM(c, c)
 
         self.down_films, self.down_levels, self.downsamples, self.skip_films = (nn.ModuleList() for _ in range(4))
@@ -138,14 +87,6 @@ class VideoUNet3D(nn.Module):
         self.bottleneck_out = ResBlock3D(widths[-1], widths[-1], time_channels)
 
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), zero_module(FrameConv3d(c, image_channels)))
-        if variant == "ends_attention":
-            self.ends = nn.ModuleList(nn.Conv2d(image_channels, w, 3, padding=1) for w in [*widths, widths[-1]])
-        if variant == "spatial_attention":
-            self.spatial = nn.ModuleList(SpatialAttention(w) for w in [widths[-1]])
-        if variant == "two_plus_one":
-            for module in [m for m in self.modules() if isinstance(m, ResBlock3D)]:
-                for name in ("conv1", "conv2"):
-                    setattr(module, name, TwoPlusOne(getattr(module, name), zero=name == "conv2"))
         self.predictor = FramePredictor(image_channels, endpoint_context, predictor_width) if predictor_width else None
 
     def set_memory_format(self, channels_last: bool | None = None) -> "VideoUNet3D":
@@ -210,19 +151,7 @@ class VideoUNet3D(nn.Module):
 
         time_embedding = self.time_mlp(sinusoidal_embedding(t, self.base_channels).to(x_t.dtype))  # [B,4C]
         nearest = nearest.unsqueeze(2).expand(-1, -1, x_t.shape[2], -1, -1)  # [B,2*C_img,M,H,W]
-        extra = []
-        m, c_img = x_t.shape[2], self.image_channels
-        share = (torch.arange(1, m + 1, device=x_t.device) / (m + 1)).view(1, 1, -1, 1, 1)
-        if self.variant == "frame_time":
-            extra = [(2 * share - 1).expand(x_t.shape[0], 1, m, *x_t.shape[3:])]
-        if self.variant == "fade_input":
-            extra = [torch.lerp(nearest[:, :c_img], nearest[:, c_img:], share)]
-        if self.variant == "self_conditioning":
-            extra = [torch.zeros_like(x_t) if self.guess is None else self.guess]
-        if self.variant == "given":
-            extra = [self.given]
-        self.end_frames = (nearest[:, :c_img, 0], nearest[:, c_img:, 0])
-        x = self.stem(torch.cat([x_t, nearest, *extra], dim=1))  # [B,C,M,H,W]
+        x = self.stem(torch.cat([x_t, nearest], dim=1))  # [B,C,M,H,W]
         x = self.stem_film(x, features.stem)
         skips = []
         for i, condition in enumerate(features.levels):
@@ -240,27 +169,15 @@ class VideoUNet3D(nn.Module):
 
     def _down(self, i: int, x: Tensor, condition: Tensor, time_embedding: Tensor) -> tuple[Tensor, Tensor]:
         x = self.down_levels[i](self.down_films[i](x, condition), time_embedding)  # [B,L[i],M,H/2^i,W/2^i]
-        x = self.with_ends(i, x, self.down_levels[i].attention)
         return self.skip_films[i](x, condition), self.downsamples[i](x)
 
     def _bottleneck(self, x: Tensor, condition: Tensor, time_embedding: Tensor) -> Tensor:
         x = self.bottleneck_in(self.bottleneck_film(x, condition), time_embedding)
-        x = self.with_ends(len(self.down_levels), x, self.bottleneck_attention)
-        if self.variant == "spatial_attention":
-            x = self.spatial[0](x)
-        return self.bottleneck_out(x, time_embedding)
-
-    def with_ends(self, i: int, x: Tensor, attention: nn.Module) -> Tensor:
-        if self.variant != "ends_attention" or isinstance(attention, nn.Identity):
-            return attention(x)
-        size = x.shape[-2:]
-        ends = [self.ends[i](nn.functional.adaptive_avg_pool2d(frame, size))[:, :, None] for frame in self.end_frames]
-        return attention(torch.cat([ends[0], x, ends[1]], dim=2))[:, :, 1:-1]
+        return self.bottleneck_out(self.bottleneck_attention(x), time_embedding)
 
     def _up(self, i: int, x: Tensor, skip: Tensor, condition: Tensor, time_embedding: Tensor) -> Tensor:
         x = torch.cat([self.upsamples[i](x), skip], dim=1)  # [B,2*L[i],M,H/2^i,W/2^i]
-        x = self.with_ends(i, self.up_levels[i](x, time_embedding), self.up_levels[i].attention)
-        return self.up_films[i](x, condition)
+        return self.up_films[i](self.up_levels[i](x, time_embedding), condition)
 
     def _check_frames(self, name: str, frames: Tensor, count: int | None = None) -> None:
         if frames.dim() != 5 or frames.shape[1] != self.image_channels or count not in (None, frames.shape[2]):
@@ -312,7 +229,7 @@ def build_model(model_config: Mapping[str, Any], device: str | None = None) -> V
         device: of its weights; "meta" = shapes alone, for weights that a checkpoint holds; None = torch's default.
     """
     keys = set(inspect.signature(VideoUNet3D).parameters)
-    if {*model_config, "predictor_width", "variant"} != keys:  # which a model without a predictor leaves out
+    if {*model_config, "predictor_width"} != keys:  # which a model without a predictor leaves out
         difference = sorted(map(str, keys.symmetric_difference(model_config)))
         raise ValueError(f"model_config must have the keys {sorted(keys)} (differs in {difference})")
     if not all(isinstance(model_config[key], (list, tuple)) for key in ("channel_mults", "temporal_attn_levels")):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from diffusion.loss import diffusion_loss, predictor_loss
 from diffusion.noise import INIT, generator_for
 from diffusion.schedule import DiffusionSchedule
-from models.video_unet3d import VARIANTS, VideoUNet3D, build_model
+from models.video_unet3d import VideoUNet3D, build_model
 from training.distributed import is_main, print0, wrap_ddp
 from training.optimizer import Muon
 from utils.checkpoint import load_weights
@@ -202,7 +202,6 @@ def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `build_model`."""
     names = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "endpoint_context")
     config = {"image_channels": 1 if args.color_mode == "gray" else 3, **{name: getattr(args, name) for name in names}}
-    config |= {"variant": args.variant} if args.variant in VARIANTS else {}
     return config | ({"predictor_width": args.predictor_width} if args.predictor == "learned" else {})
 
 
