@@ -155,7 +155,6 @@ class TrainingState:
         """Fix the predictor at its EMA, as which it is sampled from, and begin to train the network around it."""
         self.model.predictor.load_state_dict(self.ema.predictor.state_dict())
         self.best_val_loss, self.probe_batch = math.inf, None  # of another loss
-        self.metrics.take_mean("line"), self.metrics.take_mean("epoch")
         self.plan_lr(args, {})
         self.wrap_trained_part(device)
         if is_main():
