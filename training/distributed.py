@@ -105,9 +105,11 @@ def init_distributed(device: torch.device) -> torch.device:
     try:
         # what is on the CPU, such as a signal that came, never waits for a GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
-        PREPARATION_GROUP[:] = [dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)]
     except RuntimeError as error:
         raise ValueError(f"the {world_size()} processes could not meet ({str(error)[:200]})") from error
+    PREPARATION_GROUP[:] = [
+        dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+    ]  # they have met: one may be lost
     return device
 
 
