@@ -17,12 +17,7 @@ from typing import Any
 import torch
 
 from data.video_index import Video, data_as_trained, split_as_trained, usable_videos
-from diffusion.pipeline import (
-    SAMPLER_PRESETS,
-    SETTINGS,
-    MiddleFramePipeline,
-    describe_settings,
-)
+from diffusion.pipeline import SAMPLER_PRESETS, SETTINGS, MiddleFramePipeline, describe_settings
 from diffusion.sampler import SAMPLERS, SPACINGS
 from evaluation.evaluator import ClipReader, Evaluator, baseline_method, pipeline_method
 from evaluation.fvd import I3D, I3D_URL, MIN_FRAMES
@@ -75,13 +70,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("scores").add_argument
     add("--protocol", choices=PROTOCOLS, default="native", help="native, or mcvd: the published one, 9 frames")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="what to measure")
-    add(
-        "--baselines",
-        nargs="*",
-        choices=INTERPOLATORS,
-        default=list(INTERPOLATORS),
-        help="methods beside ours; may be none",
-    )
+    every = list(INTERPOLATORS)
+    add("--baselines", nargs="*", choices=every, default=every, help="methods beside ours; may be none")
     add("--fvd_weights", type=nonempty_path, metavar="PT", help="I3D in TorchScript, i3d_torchscript.pt; None = no FVD")
 
     group = parser.add_argument_group("sampler")

@@ -90,11 +90,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--out_dir", type=flags.nonempty_path, default="outputs/train", help="folder of checkpoints and records")
     add("--resume", action="store_true", help="go on from last.pt in --out_dir; flags given override its arguments")
-    add(
-        "--preset",
-        choices=sorted(TRAIN_PRESETS),
-        help="values of flags not given: refine = predict and refine; demo = that in five CPU minutes",
-    )
+    values = "values of flags not given: refine = predict and refine; demo = that in five CPU minutes"
+    add("--preset", choices=sorted(TRAIN_PRESETS), help=values)
     add("--dry_run", action="store_true", help="two steps, validation, preview and save, in --out_dir/dry_run")
     add("--seed", type=flags.seed_int, default=42, help="seed of split, weights, windows and noise")
     add("--device", type=flags.device_name, default="auto", help="auto = cuda where there is one, then mps, then cpu")
@@ -146,12 +143,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=integer_up_to(4096), default=8, help="clips per forward of each process; lower it on OOM")
     add("--grad_accum", type=integer_up_to(4096), default=1, help="forward passes per optimiser step")
-    add(
-        "--optimizer",
-        choices=("adamw", "muon"),
-        default="adamw",
-        help="adamw, or muon for matrices, adamw for the rest",
-    )
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon is for matrices, adamw for the rest")
     add("--lr", type=flags.positive_float, default=1e-4, help="peak learning rate, cosine to 0")
     add("--warmup_steps", type=non_negative_int, default=0, help="steps of linear rise; 0 = none")
     add("--epochs", type=positive_int, default=30, help="passes over the training clips")

@@ -61,19 +61,13 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--out_dir", type=nonempty_path, default="outputs/gpu_day", help="folder of logs, checkpoints and tables")
     add("--train_root", type=nonempty_path, help="clips to train on; None = built-in clips")
-    add(
-        "--test_root", type=nonempty_path, help="clips to score, of which none is in --train_root; None = held-out ones"
-    )
+    add("--test_root", type=nonempty_path, help="clips to score, none of --train_root; None = held-out ones")
     add("--cache_dir", type=nonempty_path, default="outputs/cache", help="folder of file index and cached frames")
     add("--minutes", type=positive_float, default=9.0, help="stop after so many minutes; the same command goes on")
     add("--train_hours", type=positive_float, default=0.3, help="time for each of the two trainings at 64x64")
     add("--device", type=device_name, default="auto", help="auto = cuda where there is one, then mps, then cpu")
     add("--check", choices=("agreement", "synchronisation"), help="only this check, which a piece runs")
-    add(
-        "--dry_run",
-        action="store_true",
-        help="tiny sizes and few steps: does this program work? No figure of it counts",
-    )
+    add("--dry_run", action="store_true", help="tiny sizes: does this program work? No figure of it counts")
     return parser
 
 

@@ -91,7 +91,10 @@ def predictor_loss(predictor: nn.Module, start_context: Tensor, middle: Tensor, 
     """The regression loss of a learned predictor, per clip [B]: of its frames, and of the error that it expects.
 
     `predictor` maps both contexts and M to the frames [B,C,M,H,W] and the log of their absolute error [B,1,M,H,W]. That
-    is learned as the logarithm of the width of a Laplace distribution, by its likelihood of the error made.
+    is learned as the logarithm of the width of a Laplace distribution, by its likelihood of the error made. The loss is
+    0 for exact frames that are expected to be so, and never negative if log errors are at least LOWEST_LOG_ERROR.
+
+    Source: of the likelihood Kendall & Gal 2017, arXiv:1703.04977, section 3.
     """
     frames, log_error = predictor(start_context, end_context, middle.shape[2])
     error = frames - middle

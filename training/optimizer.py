@@ -21,10 +21,8 @@ class Muon(torch.optim.AdamW):
     def __init__(self, model: nn.Module, lr: float):
         matrices, others = [], []
         for name, parameter in model.named_parameters():
-            last = name.removeprefix("predictor.").startswith(
-                "out."
-            )  # starts at zero and makes pixels: no matrix to turn
-            (others if last or parameter.dim() < 2 else matrices).append(parameter)
+            makes_pixels = name.startswith(("out.", "predictor.out."))  # starts at zero: no matrix to turn
+            (others if makes_pixels or parameter.dim() < 2 else matrices).append(parameter)
         super().__init__([{"params": others}, {"params": matrices, "betas": (MOMENTUM, 0.0)}], lr=lr, fused=True)
 
     @torch.no_grad()
