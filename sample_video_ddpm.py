@@ -47,6 +47,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("contexts").add_argument
     add("--start_images", nargs="+", metavar="PNG", help="the K first frames in time order; with --end_images")
     add("--end_images", nargs="+", metavar="PNG", help="the K last frames in time order")
+    add("--middle_images", nargs="+", metavar="PNG", help="the frames between, where known, to score the sample by")
     add("--data_root", type=nonempty_path, help="without images: use held-out clips of it; None = those of training")
     add("--num_clips", type=positive_int, default=1, help="held-out clips, evenly chosen")
     add("--cache_dir", type=nonempty_path, help="folder for the file index and built-in clips; None = as in training")
@@ -76,15 +77,18 @@ def resolve_args(args: argparse.Namespace) -> tuple[MiddleFramePipeline, dict[st
     """
     if (args.start_images is None) != (args.end_images is None):
         raise ValueError("--start_images and --end_images must be given together")
+    if args.middle_images and not args.start_images:
+        raise ValueError("--middle_images needs --start_images and --end_images")
     pipe = MiddleFramePipeline.from_checkpoint(
         args.ckpt, args.device, use_raw_model=args.use_raw_model, amp=args.amp, compile=args.compile
     )
     (settings,) = pipe.resolve_flags(args)
-    for flag in ("start_images", "end_images"):
+    k = pipe.endpoint_context
+    observed, between = (k, "the checkpoint's endpoint_context"), (args.num_frames - 2 * k, "those between the ends")
+    for flag, (count, why) in {"start_images": observed, "end_images": observed, "middle_images": between}.items():
         paths = getattr(args, flag)
-        if paths is not None and len(paths) != pipe.endpoint_context:
-            rule = f"must be {pipe.endpoint_context} images, the checkpoint's endpoint_context"
-            raise ValueError(f"--{flag} {rule} (got {len(paths)})")
+        if paths is not None and len(paths) != count:
+            raise ValueError(f"--{flag} must be {count} images, {why} (got {len(paths)})")
     return pipe, settings
 
 
@@ -94,8 +98,9 @@ def load_contexts(args: argparse.Namespace, trained: dict[str, Any]) -> Contexts
     Raises: ValueError: for a missing or unreadable file, or too few clips.
     """
     if args.start_images:
-        start, end = (load_frames(paths, args.size, args.color_mode) for paths in (args.start_images, args.end_images))
-        return Contexts(start, end, None, [" ".join([*args.start_images, *args.end_images])])
+        groups = (args.start_images, args.end_images, args.middle_images)
+        start, end, middle = (load_frames(paths, args.size, args.color_mode) if paths else None for paths in groups)
+        return Contexts(start, end, middle, [" ".join([*args.start_images, *args.end_images])])
 
     root, cache_dir = data_as_trained(trained["args"], args.data_root, args.cache_dir)
     _, held_out = split_as_trained(trained["args"], trained["clip_config"], root, cache_dir)

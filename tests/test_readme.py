@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import evaluate_video_ddpm
 import sample_video_ddpm
 import train_video_ddpm
-from benchmarks import bench_loading, bench_sampling, bench_training
+from benchmarks import bench_loading, bench_sampling, bench_training, gpu_day
 from models.video_unet3d import VideoUNet3D
 from tools import bair_to_mp4, check_videos, robot_pushing
 
@@ -147,7 +147,7 @@ def test_every_promise_names_a_test_that_exists():
 
 
 def test_every_flag_named_in_the_pages_exists():
-    parsers = [*SCRIPTS.values(), torchrun_parser(), soak.build_parser()]
+    parsers = [*SCRIPTS.values(), torchrun_parser(), soak.build_parser(), gpu_day.build_parser()]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", re.sub(r"pip install .*", "", TEXT)))
     assert named - known == set()

@@ -78,6 +78,17 @@ def test_observed_frames_come_out_byte_for_byte_and_every_form_is_written(sample
     assert np.array_equal(iio.imread(out / "end_context.png"), np.hstack([iio.imread(path) for path in pngs[2:]]))
 
 
+def test_true_middle_images_are_scored_and_shown(sample, pngs, capsys):
+    truth = [pngs[0]] * 4
+    out = sample(*ends(pngs), "--middle_images", *truth)
+    made, true = frames(out)[2:-2] / 255, iio.imread(pngs[0]) / 255
+    decibels = np.mean([-10 * np.log10(np.mean((frame - true) ** 2)) for frame in made])
+    assert record_of(out)["scores"]["psnr"] == pytest.approx(decibels, abs=1e-3)
+    assert f"middle PSNR {decibels:.2f} dB (cross-fade " in capsys.readouterr().out
+    rows = iio.imread(sample(*ends(pngs), out="alone") / "sheet.png").shape[0]
+    assert iio.imread(out / "sheet.png").shape[0] > 1.5 * rows  # a row more, that of the truth
+
+
 def test_the_record_holds_every_setting_by_default_the_fast_presets(sample, pngs):
     record = record_of(sample(*ends(pngs), "--seed", 7, "--eta", 0.5))
     expected = {"seed": 7, "eta": 0.5, "steps": 3, "guidance_scale": 1.8, "nfe": 6, "checkpoint_step": 2}
@@ -196,6 +207,8 @@ def wrong(pngs, tmp_path, ckpt):
         yield [*ends(pngs), "--ckpt", path], message
     yield ["--start_images", pngs[0], "--end_images", *pngs[2:]], "--start_images must be 2 images"
     yield ["--start_images", *pngs[:2]], "must be given together"
+    yield ["--middle_images", *pngs], "--middle_images needs --start_images and --end_images"
+    yield [*ends(pngs), "--middle_images", pngs[0]], "--middle_images must be 4 images, those between the ends (got 1)"
     yield ["--start_images", pngs[0], tmp_path / "no.png", "--end_images", *pngs[2:]], "no.png: no such image file"
     yield ["--start_images", pngs[0], text, "--end_images", *pngs[2:]], "text.png: not a readable image"
     yield [*ends(pngs), "--T", 4], "--T must exceed 2 * --endpoint_context so that a middle exists (got --T 4"
