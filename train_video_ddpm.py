@@ -75,8 +75,8 @@ REFINE |= {"vis_steps": 3, "vis_guidance_scale": 1.0}
 # The same in five minutes on two CPU cores: small frames, a small network.
 DEMO = REFINE | {"out_dir": "outputs/demo", "size": 32, "num_workers": 0, "cache_videos": True}
 DEMO |= {"base_channels": 24, "channel_mults": [1, 2], "res_blocks": 1, "temporal_attn_levels": [1]}
-DEMO |= {"batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 55, "predictor_steps": 1400, "ema_decay": 0.99}
-DEMO |= {"vis_every": 11, "log_every": 50}
+DEMO |= {"batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 45, "predictor_steps": 1000, "ema_decay": 0.99}
+DEMO |= {"vis_every": 9, "log_every": 50}
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {"demo": DEMO, "refine": REFINE}
 
 

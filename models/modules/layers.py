@@ -7,17 +7,19 @@ from torch import nn
 NORM_GROUPS = 32
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with gcd(32, channels) groups."""
-    return nn.GroupNorm(math.gcd(NORM_GROUPS, channels), channels)
+def group_norm(channels: int, groups: int = NORM_GROUPS) -> nn.GroupNorm:
+    """GroupNorm with gcd(groups, channels) groups."""
+    return nn.GroupNorm(math.gcd(groups, channels), channels)
 
 
 class ConvNormAct(nn.Sequential):
     """Conv2d of an odd kernel size, GroupNorm, SiLU: [B,C_in,H,W] -> [B,C_out,H/stride,W/stride]."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, groups: int = NORM_GROUPS
+    ):
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
-        super().__init__(conv, group_norm(out_channels), nn.SiLU())
+        super().__init__(conv, group_norm(out_channels, groups), nn.SiLU())
 
 
 def zero_module(module: nn.Module) -> nn.Module:
