@@ -109,7 +109,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("clip").add_argument
     add("--T", dest="num_frames", type=integer_up_to(65536), default=8, help="frames per clip, above 2 * K")
     add("--endpoint_context", type=integer_up_to(4096), default=2, help="observed frames K at each end")
-    add("--size", type=integer_up_to(65536), default=64, help="height and width in pixels, after centre crop")
+    add("--size", **flags.size_flag(), default=64, help="side of squares in pixels, or height and width")
     add("--frame_stride", type=integer_up_to(65536), default=1, help="source frames between neighbouring clip frames")
     add("--color_mode", choices=("rgb", "gray"), default="rgb", help="3 channels or 1")
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from data.video_index import Video, clip_span, printable, reason_of, stable_hash
 from data.video_reader import DECODE_ERRORS, read_frames
-from utils.video_utils import resize_and_crop, to_float, to_gray
+from utils.video_utils import FrameSize, resize_and_crop, to_float, to_gray
 
 MAX_ATTEMPTS = 8  # files tried for one clip before giving up
 
@@ -26,14 +26,14 @@ class FrameSource(Protocol):
     """Where a dataset's frames come from: the files themselves or a cache of them."""
 
     def read(self, video: Video, wanted: Sequence[int]) -> Tensor:
-        """The frames numbered `wanted` as uint8 [C,T,size,size]; raises one of DECODE_ERRORS."""
+        """The frames numbered `wanted` as uint8 [C,T,H,W]; raises one of DECODE_ERRORS."""
 
 
 @dataclass
 class DecodedFrames:
     """Frames decoded on demand, resized and, for gray, reduced to luma."""
 
-    size: int
+    size: FrameSize
     color_mode: str
 
     def read(self, video: Video, wanted: Sequence[int]) -> Tensor:
@@ -43,7 +43,7 @@ class DecodedFrames:
 
 
 class ClipRead(NamedTuple):
-    """One clip, uint8 [C,T,size,size], and what failed before it was found; no clip if every attempt failed."""
+    """One clip, uint8 [C,T,H,W], and what failed before it was found; no clip if every attempt failed."""
 
     clip: Tensor | None
     failures: list[str]

@@ -20,7 +20,7 @@ from utils.checkpoint import load_checkpoint, load_weights
 from utils.device import autocast, choose_amp_dtype, resolve_device
 from utils.interpolators import load_interpolator
 from utils.io import read_image
-from utils.video_utils import middle_length, resize_and_crop, to_float, to_gray
+from utils.video_utils import FrameSize, middle_length, resize_and_crop, to_float, to_gray
 
 # Settings that go together: the reference design's; the fewest forwards that lose nothing against 100 DDIM steps in
 # PSNR, SSIM and temporal error; and for a model with a predictor three steps, sharper than the prediction for half a dB
@@ -143,7 +143,7 @@ class MiddleFramePipeline:
             checked = {name: settings[name] for name in SETTINGS if name != "guidance_scale"}
             check_sampler(self.schedule.timesteps, **checked)
 
-    def context(self, frames: Frames, size: int | None = None) -> Tensor:
+    def context(self, frames: Frames, size: FrameSize | None = None) -> Tensor:
         """K observed frames of one end as the network takes them, float [B,C,K,H,W] in [-1, 1] on its device.
 
         A tensor [B,C,K,H,W] or [C,K,H,W] (float in [-1, 1], or uint8) is taken as it is; anything else goes through
@@ -238,8 +238,8 @@ def make_predictor(name: str, scale: float | str, model: VideoUNet3D) -> Predict
     return learned
 
 
-def load_frames(frames: Sequence[Any], size: int, color_mode: str) -> Tensor:
-    """Frames in time order as one context, uint8 [1,C,K,size,size], resized and centre-cropped as clips are.
+def load_frames(frames: Sequence[Any], size: FrameSize, color_mode: str) -> Tensor:
+    """Frames in time order as one context, uint8 [1,C,K,H,W], resized and centre-cropped as clips are.
 
     Each is a path, a PIL image or an array uint8 [H,W] or [H,W,3]; ValueError if it is anything else.
     """

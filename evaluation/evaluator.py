@@ -20,7 +20,7 @@ from evaluation.metrics import Scorer, diversity
 from evaluation.results import PerClipResults
 from utils.interpolators import load_interpolator
 from utils.io import file_sha256
-from utils.video_utils import join_clip, split_clip, to_float
+from utils.video_utils import FrameSize, join_clip, split_clip, to_float
 
 
 class ClipReader(NamedTuple):
@@ -28,7 +28,7 @@ class ClipReader(NamedTuple):
 
     num_frames: int
     frame_stride: int
-    size: int
+    size: FrameSize
     color_mode: str
     window: str | int
     seed: int
@@ -48,7 +48,7 @@ class ClipReader(NamedTuple):
         return {"name": printable(video.name), "sha256": file_sha256(video.path), "first_frame": first}
 
     def read(self, video: Video, first: int) -> Tensor | str:
-        """One clip as uint8 [C,T,size,size], or why it cannot be read."""
+        """One clip as uint8 [C,T,H,W], or why it cannot be read."""
         wanted = range(first, first + self.num_frames * self.frame_stride, self.frame_stride)
         try:
             return DecodedFrames(self.size, self.color_mode).read(video, wanted)

@@ -29,12 +29,12 @@ def alexnet_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_URL.rsplit("/", 1)[1]
 
 
-def missing_for(metric: str, size: int) -> str | None:
-    """One line that says why a metric is left out and what would bring it; None where it can be computed."""
+def missing_for(metric: str, side: int) -> str | None:
+    """Why a metric is left out of frames with this shorter side, and what would bring it; None where it is not."""
     if metric in ("ssim", "lpips") and find_spec("torchmetrics") is None:
         return f"{metric} is left out: it needs pip install torchmetrics"
-    if metric == "ssim" and size < SSIM_WINDOW:
-        return f"ssim is left out: its window needs frames of {SSIM_WINDOW} pixels (got --size {size})"
+    if metric == "ssim" and side < SSIM_WINDOW:
+        return f"ssim is left out: its window needs frames of {SSIM_WINDOW} pixels (got --size {side})"
     if metric == "lpips":
         path = alexnet_path()
         if not path.is_file():

@@ -215,9 +215,9 @@ def check_architecture(
             raise ValueError(f"{rule} (got {level})")
 
 
-def check_size(size: int, multiple: int) -> None:
-    """Raises: ValueError: unless the network's levels, each of which halves a frame, divide its size in pixels."""
-    if size % multiple:
+def check_size(size: int | Sequence[int], multiple: int) -> None:
+    """Raises: ValueError: unless the network's levels, each of which halves a frame, divide its sides in pixels."""
+    if any(side % multiple for side in ([size] if isinstance(size, int) else size)):
         raise ValueError(f"size must be divisible by {multiple}, as each level of the network halves it (got {size})")
 
 

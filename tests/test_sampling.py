@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_checkpoint
 
+import evaluate_video_ddpm
 from data.video_reader import probe_video
 from diffusion.pipeline import SAMPLER_PRESETS, forwards_per_clip, settings_grid
 from sample_video_ddpm import build_parser, main
@@ -229,6 +230,19 @@ def test_wrong_use_is_one_line_and_status_two(sample, pngs, tmp_path, ckpt, caps
         sample(*flags, status=2, out="wrong")
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
+
+
+def test_frames_need_not_be_square(square_videos, tmp_path, pngs):
+    ckpt = tiny_checkpoint(tmp_path, square_videos, "--size", "16", "24")
+    out = ["--out_dir", str(tmp_path / "made"), "--cache_dir", str(tmp_path / "cache"), "--steps", "2"]
+    clips = ["--num_clips", "1"]
+    for flags, shape in ((clips, (16, 24)), (ends(pngs), (16, 24)), ([*clips, "--size", "24", "16"], (24, 16))):
+        assert main(["--ckpt", str(ckpt), *out, *map(str, flags), "--overwrite"]) == 0
+        assert frames(tmp_path / "made").shape == (8, *shape, 3)
+        assert record_of(tmp_path / "made")["size"] == list(shape)
+    few = ["--metrics", "psnr", "ssim", "--baselines", "flow", "cross_fade"]
+    assert evaluate_video_ddpm.main(["--ckpt", str(ckpt), *out, *few]) == 0
+    assert "16x24 rgb" in (tmp_path / "made" / "report.html").read_text()
 
 
 def test_the_checkpoint_moves_without_its_data(sample, pngs, ckpt, tmp_path):

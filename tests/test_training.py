@@ -515,6 +515,7 @@ def test_a_dry_run_takes_two_steps_a_preview_and_a_save(train):
         "--max_videos 3 --batch_size 8",  # fewer clips than a step needs
         "--amp --save_every 1 --grad_clip 0",
         "--activation_checkpointing --no-channels_last",
+        "--size 16 24 --predictor learned --predictor_width 8 --predictor_steps 1 --cache_videos",
     ],
 )
 def test_every_shape_of_run_works(train, capsys, flags):
@@ -653,6 +654,8 @@ MIDDLE = "--T must exceed 2 * --endpoint_context so that a middle exists (got --
     [
         ("--T 4", MIDDLE),
         ("--channel_mults 1 2 4 --size 60", "--size must be divisible by 8"),
+        ("--channel_mults 1 2 4 --size 64 36", "--size must be divisible by 8"),
+        ("--size 8 8 8", "argument --size: must be 1 or 2 numbers (got 3)"),
         ("--size 0", "argument --size: must be an integer in [1, 65536] (got 0)"),
         ("--lr nan", "argument --lr: must be a number above 0 (got nan)"),
         ("--val_ratio 1.5", "argument --val_ratio: must be a number in (0, 1) (got 1.5)"),

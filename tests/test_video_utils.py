@@ -73,6 +73,22 @@ def test_resizing_is_torchvisions_shorter_side_then_centre_crop():
     assert torch.equal(resize_and_crop(frames, 16), expected)
 
 
+@pytest.mark.parametrize("size", [(16, 24), (24, 16), (10, 60)])
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (20, 200), (300, 17), (30, 40)])
+def test_other_shapes_are_covered_and_then_cropped_in_the_centre(size, shape):
+    rows, columns = (torch.linspace(0, 1, side) for side in shape)
+    frames = torch.stack([rows[:, None].expand(shape), columns.expand(shape), torch.zeros(shape)])
+    frames = resize_and_crop((frames * 255).round().to(torch.uint8), size) / 255
+    assert frames.shape[1:] == size
+    scale = max(wanted / side for wanted, side in zip(size, shape, strict=True))  # of what just covers the size
+    for axis in (0, 1):
+        kept = size[axis] / (shape[axis] * scale)  # share of the frame that is left
+        places = 0.5 + kept * ((torch.arange(size[axis]) + 0.5) / size[axis] - 0.5)
+        found = frames[axis].mean(1 - axis)
+        # a pixel of the source, one of the result where the crop cannot be central, and 8 bits
+        assert (found - places).abs().max() < 1 / shape[axis] + kept / size[axis] + 0.01
+
+
 def test_gray_is_bt601_luma_and_leaves_gray_pictures_alone():
     frames = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
     r, g, b = frames.double().unbind(1)

@@ -100,6 +100,11 @@ def is_integer(high: int, low: int = 0) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and low <= value <= high
 
 
+def is_frame_size(value: Any) -> bool:
+    """Whether a value is the side of square frames, or height and width."""
+    return all(map(is_integer(65536, 1), value if isinstance(value, list) and len(value) == 2 else [value]))
+
+
 def is_state_dict(*dtypes: torch.dtype) -> Callable[[Any], bool]:
     """Whether a value is a dict of names to tensors of these types."""
     return lambda value: (
@@ -142,7 +147,8 @@ SAMPLING: Rules = {  # what every checkpoint holds
     "model_config": is_a(dict),
     "model_config.image_channels": lambda value: type(value) is int and value in (1, 3),
     "model_config.endpoint_context": is_integer(4096, 1),
-    **dict.fromkeys(("clip_config.num_frames", "clip_config.size", "clip_config.frame_stride"), is_integer(65536, 1)),
+    **dict.fromkeys(("clip_config.num_frames", "clip_config.frame_stride"), is_integer(65536, 1)),
+    "clip_config.size": is_frame_size,
     "clip_config.color_mode": lambda value: value in ("rgb", "gray"),
     "diffusion_config.timesteps": is_integer(100_000, 1),
     "diffusion_config.schedule": lambda value: isinstance(value, str) and len(value) < 40,

@@ -43,6 +43,20 @@ fraction = ranged(float, "a number in (0, 1)", lambda value: 0 < value < 1)
 decay = ranged(float, "a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
+class SizeAction(argparse.Action):
+    """--size: one number for squares, or height and width, of which two equal ones are one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: D102 (argparse calls it)
+        if len(values) > 2:
+            parser.error(f"argument {option_string}: must be 1 or 2 numbers (got {len(values)})")
+        setattr(namespace, self.dest, values[0] if values[0] == values[-1] else values)
+
+
+def size_flag() -> dict[str, Any]:
+    """Arguments of `add_argument` for --size."""
+    return {"type": integer_up_to(65536), "nargs": "+", "action": SizeAction, "metavar": "PIXELS"}
+
+
 def residual_scale(text: str) -> float | str:
     """Type of --residual_scale: measured, pixel, or a number above 0."""
     return text if text in ("measured", "pixel") else positive_float(text)
@@ -103,13 +117,14 @@ class Parser(argparse.ArgumentParser):
         words: list[str] = []
         for action in self._actions:
             value, flag = values.get(action.dest), action.option_strings[0]
+            several = value if isinstance(value, list) else [value]
             is_switch = isinstance(action, argparse.BooleanOptionalAction)
             if value is None or (action.nargs == 0 and not is_switch):  # what a command does is no file's to say
                 continue
             if is_switch and isinstance(value, bool):
                 words.append(flag if value else f"--no-{flag.removeprefix('--')}")
-            elif action.nargs in ("+", "*") and isinstance(value, list) and all(type(x) in (int, float) for x in value):
-                words += [flag, *map(str, value)]
+            elif action.nargs in ("+", "*") and all(type(x) in (int, float) for x in several):
+                words += [flag, *map(str, several)]
             elif not is_switch and action.nargs is None and type(value) in (int, float, str):
                 words.append(f"{flag}={value}")
             else:
@@ -141,7 +156,7 @@ def add_clip_flags(group: argparse._ArgumentGroup) -> None:
     """What a clip is made of; each is the checkpoint's unless given."""
     add = group.add_argument
     add("--T", dest="num_frames", type=positive_int, help="frames per clip; may differ from training")
-    add("--size", type=positive_int, help="height and width in pixels; may differ from training")
+    add("--size", **size_flag(), help="side of squares in pixels, or height and width; may differ from training")
     add("--frame_stride", type=positive_int, help="source frames from one clip frame to the next")
     add("--endpoint_context", type=positive_int, help="observed frames K at each end; fixed by training")
     add("--color_mode", choices=("rgb", "gray"), help="3 channels or 1; fixed by training")

@@ -3,12 +3,16 @@
 A clip is float [B,C,T,H,W] in [-1, 1]; its 8-bit form is uint8 with the same axes, one clip without the B.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 PSNR_CEILING = 100.0  # dB given to two identical frames, so that a mean over frames stays finite
-WIDEST_ASPECT = 4  # longer frames are first narrowed to this: the centre crop discards the rest anyway
+WIDEST_ASPECT = 4  # frames this much longer than wanted are narrowed first: the centre crop discards the rest anyway
+
+FrameSize = int | Sequence[int]  # pixels: the side of squares, or height and width
 
 
 def to_uint8(clip: Tensor) -> Tensor:
@@ -30,18 +34,26 @@ def to_gray(frames: Tensor) -> Tensor:
     return (((frames.int() * weights).sum(-3, keepdim=True) + 2**15) >> 16).to(torch.uint8)
 
 
-def resize_and_crop(frames: Tensor, size: int) -> Tensor:
-    """Shorter side to `size` with antialiasing, then the central square: uint8 [...,C,H,W] -> [...,C,size,size].
+def height_width(size: FrameSize) -> tuple[int, int]:
+    """Both sides of frames in pixels."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
-    Frames that already are size x size come back as they are, bit for bit.
+
+def resize_and_crop(frames: Tensor, size: FrameSize) -> Tensor:
+    """Resize with antialiasing until `size` is just covered, then crop the centre: uint8 [...,C,H,W] to that size.
+
+    Frames that already have it come back as they are, bit for bit.
     """
     h, w = frames.shape[-2:]
-    if (h, w) == (size, size):
+    height, width = height_width(size)
+    if (h, w) == (height, width):
         return frames
-    short = min(h, w)
-    if max(h, w) > WIDEST_ASPECT * short:
-        frames = transforms.center_crop(frames, [min(h, WIDEST_ASPECT * short), min(w, WIDEST_ASPECT * short)])
-    return transforms.center_crop(transforms.resize(frames, [size], antialias=True), [size, size])
+    longest = [max(1, WIDEST_ASPECT * w * height // width), max(1, WIDEST_ASPECT * h * width // height)]
+    if h > longest[0] or w > longest[1]:
+        h, w = min(h, longest[0]), min(w, longest[1])
+        frames = transforms.center_crop(frames, [h, w])
+    covering = [height, w * height // h] if w * height >= width * h else [h * width // w, width]
+    return transforms.center_crop(transforms.resize(frames, covering, antialias=True), [height, width])
 
 
 def middle_length(num_frames: int, endpoint_context: int) -> int:
