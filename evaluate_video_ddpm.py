@@ -30,7 +30,7 @@ from utils.device import describe_machine, explain_oom, resolve_device
 from utils.flags import Parser, nonempty_path, positive_int
 from utils.interpolators import INTERPOLATORS, missing_package
 from utils.io import file_sha256
-from utils.video_utils import height_width, middle_length
+from utils.video_utils import as_pair, middle_length
 
 WITHOUT_CHECKPOINT = {"num_frames": 8, "endpoint_context": 2, "frame_stride": 1, "size": 64, "color_mode": "rgb"}
 OOM_REMEDY = "--batch_size, --size or --T"
@@ -122,7 +122,7 @@ def resolve_args(args: argparse.Namespace) -> MiddleFramePipeline | None:
 
 def drop_unavailable(args: argparse.Namespace, log: Callable[[str], None] = print) -> None:
     """Leave out metrics and baselines that cannot run here, each with a line that says what would bring it."""
-    reasons = {metric: missing_for(metric, min(height_width(args.size))) for metric in args.metrics}
+    reasons = {metric: missing_for(metric, min(as_pair(args.size))) for metric in args.metrics}
     if args.fvd_weights is None:
         reasons["fvd"] = f"fvd is left out: it needs --fvd_weights with the file of {I3D_URL}"
     if args.num_frames < MIN_FRAMES:
@@ -184,7 +184,8 @@ def evaluate(args: argparse.Namespace) -> None:
     videos = choose_videos(args, trained, reader.needed)
     i3d = I3D(args.fvd_weights, device) if "fvd" in args.metrics else None
     m = args.num_frames - 2 * args.endpoint_context
-    methods = [pipeline_method(pipe, settings, m, args.num_samples, args.seed) for settings in args.sampling]
+    times = range(0, args.num_frames * args.frame_stride, args.frame_stride)
+    methods = [pipeline_method(pipe, settings, times, args.num_samples, args.seed) for settings in args.sampling]
     methods += [baseline_method(name, device, m) for name in args.baselines]
     scorer = Scorer(args.metrics, args.protocol == "mcvd", device)
     evaluator = Evaluator(reader, methods, scorer, i3d, args.batch_size, args.endpoint_context, device)

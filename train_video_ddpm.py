@@ -32,13 +32,14 @@ from data.kinetics_video_dataset import (
 from data.synthetic_videos import make_synthetic_videos
 from data.video_index import clip_span, prepare_videos
 from diffusion.loss import drop_contexts, sample_training_noise
-from diffusion.noise import TRAIN, generator_for
+from diffusion.noise import SHAPE, TRAIN, generator_for
 from diffusion.pipeline import PREDICTORS, MiddleFramePipeline, resolve_scale
 from diffusion.residual import Predictor
 from diffusion.schedule import SCHEDULES, DiffusionSchedule
 from models.video_unet3d import build_model, check_size
 from training import distributed
 from training.checkpointer import Checkpointer, load_latest, make_out_dir
+from training.clip_shapes import clip_config_of, cut_clips, is_timed
 from training.distributed import Silent, StopRequest, print0
 from training.logger import Logger, describe_run
 from training.state import (
@@ -57,7 +58,7 @@ from utils import flags
 from utils.device import autocast, choose_amp_dtype, explain_oom, resolve_device
 from utils.flags import Parser, integer_up_to, non_negative_float, non_negative_int, positive_int, switch
 from utils.interpolators import missing_package
-from utils.video_utils import middle_length, split_clip
+from utils.video_utils import as_pair, middle_length
 
 PREVIEW_CLIPS = 8
 SCALE_CLIPS = 64  # training clips to measure a residual scale on, at most
@@ -107,10 +108,12 @@ def build_parser() -> Parser:
     add("--time_reverse", **switch(False), help="play half of the training clips backwards, which swaps their contexts")
 
     add = parser.add_argument_group("clip").add_argument
-    add("--T", dest="num_frames", type=integer_up_to(65536), default=8, help="frames per clip, above 2 * K")
+    length = "frames per clip, above 2 * K; two numbers = any length from the first to the second"
+    add("--T", dest="num_frames", **flags.one_or_two("T"), default=8, help=length)
     add("--endpoint_context", type=integer_up_to(4096), default=2, help="observed frames K at each end")
-    add("--size", **flags.size_flag(), default=64, help="side of squares in pixels, or height and width")
-    add("--frame_stride", type=integer_up_to(65536), default=1, help="source frames between neighbouring clip frames")
+    add("--size", **flags.one_or_two("PIXELS"), default=64, help="side of squares in pixels, or height and width")
+    stride = "source frames between neighbouring clip frames; two numbers = any from the first to the second"
+    add("--frame_stride", **flags.one_or_two("N"), default=1, help=stride)
     add("--color_mode", choices=("rgb", "gray"), default="rgb", help="3 channels or 1")
 
     add = parser.add_argument_group("model").add_argument
@@ -209,7 +212,11 @@ def resolve_args(
         raise ValueError("--dynamic_threshold must be off with --predictor, whose residuals have no range")
     if (missing := missing_package(args.predictor)) is not None:
         raise ValueError(f"--predictor {args.predictor} cannot run here: {missing}")
-    middle_length(args.num_frames, args.endpoint_context)
+    for name in ("num_frames", "frame_stride"):
+        low, high = as_pair(getattr(args, name))
+        if low > high:
+            raise ValueError(f"--{'T' if name == 'num_frames' else name} must be two rising numbers (got {low} {high})")
+    middle_length(as_pair(args.num_frames)[0], args.endpoint_context)
     build_model(model_config_of(args), "meta")  # refuses what cannot be built
     check_size(args.size, 2 ** len(args.channel_mults))
     if args.max_videos == 1:
@@ -245,8 +252,8 @@ def train_step(
     # Evaluate the loss and accumulate gradients.
     total_loss = torch.zeros((), device=device)
     for number in range(1, args.grad_accum + 1):
-        start, middle, end = split_clip(next(batches), args.endpoint_context)
-        inputs = (start, middle, end)
+        shape = generator_for(args.seed, SHAPE, state.data_step, number)  # the same in every process
+        start, middle, end = inputs = cut_clips(next(batches), args, shape)
         if not state.predicting:
             with autocast(device, amp_dtype):
                 residual = predict(start, end, middle.shape[2]).to_residual(middle)
@@ -294,7 +301,8 @@ def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDat
 
     Raises: ValueError: if there are none, or no room for the cache.
     """
-    threads, span = os.cpu_count() or 1, clip_span(args.num_frames, args.frame_stride)
+    config, threads = clip_config_of(args), os.cpu_count() or 1
+    span = clip_span(config["num_frames"], config["frame_stride"])
     root = args.data_root or make_synthetic_videos(args.cache_dir, threads)
     split = {"val_ratio": args.val_ratio, "seed": args.seed, "max_videos": args.max_videos}
     videos = prepare_videos(root, span=span, **split, cache_dir=args.cache_dir, workers=threads, log=print0)
@@ -302,10 +310,13 @@ def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDat
         source = CachedFrames(sum(videos, []), args.size, args.color_mode, args.cache_dir, threads)
     else:
         source = DecodedFrames(args.size, args.color_mode)
-    window = {"num_frames": args.num_frames, "frame_stride": args.frame_stride, "seed": args.seed}
+    window = {"num_frames": config["num_frames"], "frame_stride": config["frame_stride"], "seed": args.seed}
+    val_clips = VideoClipDataset(videos[1], source, random_window=False, **window)
+    if is_timed(args):  # stretches of neighbouring frames, of which `cut_clips` takes some
+        longest = clip_span(as_pair(args.num_frames)[1], as_pair(args.frame_stride)[1])
+        window |= {"num_frames": min([longest, *(video.info.frames for video in videos[0])]), "frame_stride": 1}
     augmentation = {"hflip": args.hflip, "time_reverse": args.time_reverse}
-    train_clips = VideoClipDataset(videos[0], source, random_window=True, **window, **augmentation)
-    return train_clips, VideoClipDataset(videos[1], source, random_window=False, **window)
+    return VideoClipDataset(videos[0], source, random_window=True, **window, **augmentation), val_clips
 
 
 def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: Path | None) -> int:
@@ -367,7 +378,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         clips = failures.clips((collate([train_clips[0, i]]) for i in chosen), device)
         state.residual_scale = measure_scale(clips, args.predictor, args.endpoint_context, state.ema)
     refining = {"predictor": args.predictor, "residual_scale": state.residual_scale}
-    pipe = MiddleFramePipeline(state.ema, schedule, vars(args), args.noise_offset, amp_dtype, **refining)
+    pipe = MiddleFramePipeline(state.ema, schedule, clip_config_of(args), args.noise_offset, amp_dtype, **refining)
 
     # Log and save on rank 0.
     logger, checkpointer = Silent(), Silent()

@@ -39,7 +39,7 @@ from models.video_unet3d import build_model
 from training.state import TrainingState, init_state, make_lr_schedule, model_config_of
 from utils.device import autocast, choose_amp_dtype, resolve_device
 from utils.flags import Parser, positive_int
-from utils.video_utils import height_width, middle_length, split_clip, to_float
+from utils.video_utils import as_pair, middle_length, split_clip, to_float
 
 WITHOUT_PREDICTOR = ["--predictor", "none", "--optimizer", "adamw"]
 CONFIGURATIONS = {"demo": ["--preset", "demo", *WITHOUT_PREDICTOR], "default": []}
@@ -72,7 +72,7 @@ def training_arguments(configuration: str, *flags: str) -> argparse.Namespace:
 def random_clips(args: argparse.Namespace) -> Tensor:
     """A batch as a loading process hands it over: uint8 [B,C,T,H,W]."""
     channels = 1 if args.color_mode == "gray" else 3
-    shape = (args.batch_size, channels, args.num_frames, *height_width(args.size))
+    shape = (args.batch_size, channels, args.num_frames, *as_pair(args.size))
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -129,7 +129,7 @@ def forward_flops(args: argparse.Namespace) -> int:
     k, m = args.endpoint_context, middle_length(args.num_frames, args.endpoint_context)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = build_model(model_config_of(args))
-        frames = torch.empty(1, model.image_channels, m + k, *height_width(args.size))
+        frames = torch.empty(1, model.image_channels, m + k, *as_pair(args.size))
         x_t, context = frames.split((m, k), dim=2)
         model(x_t, torch.zeros(1, dtype=torch.long), context, context)
     return counter.get_total_flops()

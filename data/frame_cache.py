@@ -18,7 +18,7 @@ from data.kinetics_video_dataset import DecodedFrames
 from data.video_index import Video, map_in_threads, printable, reason_of, stable_hash, stamp
 from data.video_reader import DECODE_ERRORS
 from utils.io import save_json
-from utils.video_utils import FrameSize, height_width
+from utils.video_utils import FrameSize, as_pair
 
 CACHE_VERSION = 1  # part of every cache's name: change it whenever decoding or resizing changes
 DISK_MARGIN = 2**28  # bytes that a cache leaves free
@@ -32,7 +32,7 @@ class CachedFrames:
     """
 
     def __init__(self, videos: Sequence[Video], size: FrameSize, color_mode: str, cache_dir: str | Path, workers=1):
-        self.frame_shape = (1 if color_mode == "gray" else 3, *height_width(size))
+        self.frame_shape = (1 if color_mode == "gray" else 3, *as_pair(size))
         identity = [[os.path.realpath(v.path), *stamp(Path(v.path)), v.info.frames] for v in videos]
         identity = json.dumps([CACHE_VERSION, identity, size, color_mode]).encode()
         self.path = Path(cache_dir) / f"frames_{stable_hash(identity):016x}.u8"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # Purposes under which one user seed is split, so that no two of them ever share a stream.
-INIT, TRAIN, VALIDATION, PREVIEW, SAMPLE = range(5)
+INIT, TRAIN, VALIDATION, PREVIEW, SAMPLE, SHAPE = range(6)
 
 
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -20,7 +20,7 @@ from utils.checkpoint import load_checkpoint, load_weights
 from utils.device import autocast, choose_amp_dtype, resolve_device
 from utils.interpolators import load_interpolator
 from utils.io import read_image
-from utils.video_utils import FrameSize, middle_length, resize_and_crop, to_float, to_gray
+from utils.video_utils import FrameSize, add_times, middle_length, resize_and_crop, to_float, to_gray
 
 # Settings that go together: the reference design's; the fewest forwards that lose nothing against 100 DDIM steps in
 # PSNR, SSIM and temporal error; and for a model with a predictor three steps, sharper than the prediction for half a dB
@@ -162,6 +162,7 @@ class MiddleFramePipeline:
         end: Frames,
         *,
         num_middle: int | None = None,
+        times: Sequence[int] | None = None,
         num_samples: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         callback: Callable[..., None] | None = None,
@@ -174,7 +175,9 @@ class MiddleFramePipeline:
 
         Args:
             start: the first K frames, as `end` the last, see `context`.
-            num_middle: frames to generate; None = as in training.
+            num_middle: frames to generate; None = as in training, of a range of them the most.
+            times: source frame number of each frame of the clip, rising, which a model trained on a range of lengths or
+                strides is told; None = evenly, at the stride of training, of a range the least.
             num_samples: different middles for each clip.
             generator: one for all, or one per clip and sample; None = torch's global one.
             callback: called at every step, see `sample_middle`; of a model with a predictor its x0_hat is a residual.
@@ -184,19 +187,23 @@ class MiddleFramePipeline:
             raise ValueError(f"num_samples must be at least 1 (got {num_samples})")
         contexts = [self.context(frames).repeat_interleave(num_samples, dim=0) for frames in (start, end)]
         m = middle_length(self.clip_config["num_frames"], self.endpoint_context) if num_middle is None else num_middle
+        if m < 1:
+            raise ValueError(f"num_middle must be at least 1 (got {m})")
         draw = {"noise_offset": self.noise_offset, "generator": generator, "callback": callback}
         settings = sampler_settings(self.default_preset, **settings)
         self.check_settings(settings)
-        if self.predictor != "none":  # what is predicted from must fit, as what is sampled from
-            self.model.check_contexts(*contexts)
-            if m < 1:
-                raise ValueError(f"num_middle must be at least 1 (got {m})")
+        if self.model.timed:
+            evenly = range(0, (m + 2 * self.endpoint_context) * self.clip_config["frame_stride"])
+            contexts = add_times(*contexts, evenly[:: self.clip_config["frame_stride"]] if times is None else times)
         with autocast(self.device, self.amp_dtype):
+            if self.predictor != "none":  # what is predicted from must fit, as what is sampled from
+                self.model.check_contexts(*contexts)
             prediction = self.predict(*contexts, m)
             if settings["steps"] == 0:
                 return prediction.frames
             draw["x0_range"] = prediction.residual_range
-            residual = sample_middle(self.model, self.schedule, *contexts, num_middle=m, **draw, **settings)
+            frames = {"num_middle": m, "channels": self.model.image_channels}
+            residual = sample_middle(self.model, self.schedule, *contexts, **frames, **draw, **settings)
         middle = prediction.to_middle(residual)
         return middle.clamp(-1, 1) if settings.get("clip_x0", True) else middle  # from what its scale rounded
 
@@ -228,7 +235,12 @@ def make_predictor(name: str, scale: float | str, model: VideoUNet3D) -> Predict
         return lambda start, end, num_middle: Prediction()
     if name != "learned":
         interpolate = load_interpolator(name, next(model.parameters()).device)
-        return lambda start, end, num_middle: Prediction(interpolate(start, end, num_middle).clamp(-1, 1), scale)
+        c = model.image_channels  # without the times of a timed model
+
+        def interpolated(start: Tensor, end: Tensor, num_middle: int) -> Prediction:
+            return Prediction(interpolate(start[:, :c], end[:, :c], num_middle).clamp(-1, 1), scale)
+
+        return interpolated
 
     @torch.no_grad()
     def learned(start: Tensor, end: Tensor, num_middle: int) -> Prediction:

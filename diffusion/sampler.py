@@ -142,6 +142,7 @@ def sample_middle(
     end_context: Tensor,  # [B,C,K,H,W] in [-1, 1]
     *,
     num_middle: int,  # frames to generate, M >= 1
+    channels: int | None = None,  # of a frame; None = those of the contexts
     sampler: str = "ddim",  # or "dpmpp_2m": second order, deterministic, so that eta must be 0
     steps: int = 40,  # in [1, timesteps]
     spacing: str = "linspace",  # of the timesteps that are visited, see `visited_timesteps`
@@ -174,7 +175,7 @@ def sample_middle(
     guided = [is_guided(t, schedule.timesteps, guidance_scale, guidance_interval) for t in visited]
     b, c, _, h, w = start_context.shape
     device = start_context.device
-    draw_eps = partial(sample_noise, (c, num_middle, h, w), generators_per_clip(generator, b), device)
+    draw_eps = partial(sample_noise, (channels or c, num_middle, h, w), generators_per_clip(generator, b), device)
     denoise = guided_denoiser(model, start_context, end_context, guidance_scale, guided)
 
     # Denoise step by step.

@@ -66,13 +66,14 @@ class Method(NamedTuple):
 
 
 def pipeline_method(
-    pipe: MiddleFramePipeline, settings: Mapping[str, Any], num_middle: int, samples: int, seed: int
+    pipe: MiddleFramePipeline, settings: Mapping[str, Any], times: Sequence[int], samples: int, seed: int
 ) -> Method:
-    """A trained model under one combination of sampler settings; each sample has its own noise."""
+    """A trained model under one combination of sampler settings, for clips of these times; samples differ in noise."""
+    num_middle = len(times) - 2 * pipe.endpoint_context
 
     def generate(start: Tensor, end: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
         generators = [generator_for(seed, SAMPLE, *key) for key in keys]
-        return pipe(start, end, num_middle=num_middle, generator=generators, **settings)
+        return pipe(start, end, num_middle=num_middle, times=times, generator=generators, **settings)
 
     nfe = forwards_per_clip(pipe.schedule.timesteps, settings)
     if settings["steps"] == 0:

@@ -18,7 +18,7 @@ from evaluation.metrics import HIGHER_IS_BETTER
 from evaluation.protocols import PUBLISHED, differences_from_mcvd, rules
 from evaluation.results import SCORES, PerClipResults, Row, error_by_position, summarise
 from utils.io import atomic_write, bordered, observed_frames, save_json, save_training_curves
-from utils.video_utils import cross_fade, height_width, join_clip, split_clip, to_float, to_uint8
+from utils.video_utils import as_pair, cross_fade, join_clip, split_clip, to_float, to_uint8
 
 Report = dict[str, Any]  # what an evaluation says: metrics.json, of which table and page are made
 Curves = dict[str, tuple[Sequence[float], Sequence[float]]]  # name: x and y
@@ -62,7 +62,7 @@ def make_report(
     if evaluator.i3d and features is None:
         print("fvd is left out: it needs two clips or more")
     names, k, t = [method.name for method in evaluator.methods], evaluator.endpoint_context, reader.num_frames
-    height, width = height_width(reader.size)
+    height, width = as_pair(reader.size)
     shown = f"{t} frames ({k} + {k} given, {t - 2 * k} generated), {height}x{width} {reader.color_mode}"
     rows = [row for name in names for row in summarise(lines, name, names[0], features)]
     scores = {name for row in rows for name in row.scores}

@@ -22,11 +22,12 @@ class FramePredictor(nn.Module):
     Source: synthesis by bidirectional warps and a mask as in Huang et al. 2022, arXiv:2011.06294 (RIFE).
     """
 
-    def __init__(self, image_channels: int = 3, endpoint_context: int = 2, width: int = 32):
+    def __init__(self, image_channels: int = 3, endpoint_context: int = 2, width: int = 32, timed: bool = False):
         super().__init__()
+        self.image_channels = image_channels  # C; contexts of a timed predictor have one more, see `add_times`
         self.width = width  # channels at full size
         widths = [width * mult for mult in WIDTH_MULTS]
-        inputs = [2 * endpoint_context * image_channels, *widths[:-1]]
+        inputs = [2 * endpoint_context * (image_channels + timed), *widths[:-1]]
         pairs, norm = list(zip(inputs, widths, strict=True)), {"groups": NORM_GROUPS}
         self.down = nn.ModuleList(
             nn.Sequential(ConvNormAct(i, w, stride=1 if n == 0 else 2, **norm), ConvNormAct(w, w, **norm))
@@ -45,7 +46,7 @@ class FramePredictor(nn.Module):
         Returns: [B,C,M,H,W] in about [-1, 1], and [B,1,M,H,W] in LOG_ERROR_RANGE;
         any M, and any size above 8 pixels.
         """
-        b, c = start_context.shape[:2]
+        b, c = len(start_context), self.image_channels
         features = self.encode(torch.cat([start_context, end_context], dim=2).flatten(1, 2))  # [B,width,H,W]
 
         # Modulate the features by the time of each middle frame, as a share of the way from start to end.
@@ -57,7 +58,7 @@ class FramePredictor(nn.Module):
         to_start, to_end, mask, log_error, correction = maps.split([2, 2, 1, 1, c], dim=1)
 
         # Warp and blend.
-        start, end = start_context[:, :, -1].float(), end_context[:, :, 0].float()  # [B,C,H,W]
+        start, end = start_context[:, :c, -1].float(), end_context[:, :c, 0].float()  # [B,C,H,W]
         start, end = (frame.repeat_interleave(num_middle, dim=0) for frame in (start, end))  # [B*M,C,H,W]
         weight = torch.sigmoid(mask + torch.logit(share).repeat(b)[:, None, None, None])  # the cross-fade's at first
         frames = torch.lerp(warp(start, to_start), warp(end, to_end), weight) + correction

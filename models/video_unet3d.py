@@ -51,21 +51,25 @@ class VideoUNet3D(nn.Module):
         temporal_attn_levels: Sequence[int] = (1, 2),  # levels with temporal attention; the bottleneck always has it
         endpoint_context: int = 2,  # observed frames K at each end
         predictor_width: int = 0,  # of the predictor that is trained, saved and averaged with it; 0 = none
+        timed: bool = False,  # for clips of any length and stride: contexts have a channel of times, see `add_times`
     ):
         super().__init__()
         check_architecture(base_channels, channel_mults, res_blocks, temporal_attn_levels, endpoint_context)
         if type(predictor_width) is not int or not 0 <= predictor_width <= MAX_NUMBER:
             raise ValueError(f"predictor_width must be an integer in [0, {MAX_NUMBER}] (got {predictor_width})")
+        if type(timed) is not bool:
+            raise ValueError(f"timed must be True or False (got {timed})")
         self.image_channels = image_channels
         self.base_channels = base_channels
         self.endpoint_context = endpoint_context
+        self.timed = timed
         self.activation_checkpointing = False  # True: training keeps each stage's inputs alone and recomputes the rest
         c, time_channels = base_channels, 4 * base_channels
         widths = [c * mult for mult in channel_mults]  # L
 
         self.time_mlp = nn.Sequential(nn.Linear(c, time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels))
-        self.endpoint_encoder = EndpointEncoder(image_channels, endpoint_context, c, widths)
-        self.stem = FrameConv3d(3 * image_channels, c)  # x_t and the two nearest frames
+        self.endpoint_encoder = EndpointEncoder(image_channels + timed, endpoint_context, c, widths)
+        self.stem = FrameConv3d(3 * (image_channels + timed), c)  # x_t and the two nearest frames
         self.stem_film = FiLM(c, c)
 
         self.down_films, self.down_levels, self.downsamples, self.skip_films = (nn.ModuleList() for _ in range(4))
@@ -87,7 +91,8 @@ class VideoUNet3D(nn.Module):
         self.bottleneck_out = ResBlock3D(widths[-1], widths[-1], time_channels)
 
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), zero_module(FrameConv3d(c, image_channels)))
-        self.predictor = FramePredictor(image_channels, endpoint_context, predictor_width) if predictor_width else None
+        ends = (image_channels, endpoint_context)
+        self.predictor = FramePredictor(*ends, predictor_width, timed) if predictor_width else None
 
     def set_memory_format(self, channels_last: bool | None = None) -> "VideoUNet3D":
         """Lay out convolutions channels-last or, as torch's default, channels-first; outputs agree to rounding.
@@ -132,8 +137,9 @@ class VideoUNet3D(nn.Module):
 
     def check_contexts(self, start_context: Tensor, end_context: Tensor) -> None:
         """Raises: ValueError: unless both are [B,C,K,H,W] of one shape that fits the network."""
-        self._check_frames("start_context", start_context, self.endpoint_context)
-        self._check_frames("end_context", end_context, self.endpoint_context)
+        channels = self.image_channels + self.timed
+        self._check_frames("start_context", start_context, channels, self.endpoint_context)
+        self._check_frames("end_context", end_context, channels, self.endpoint_context)
         if start_context.shape != end_context.shape:
             got = f"{tuple(start_context.shape)} and {tuple(end_context.shape)}"
             raise ValueError(f"start_context and end_context must have one shape (got {got})")
@@ -143,7 +149,7 @@ class VideoUNet3D(nn.Module):
 
         `features` are those of the same clips by `encode_contexts`; ValueError if x_t does not fit them.
         """
-        self._check_frames("x_t", x_t)
+        self._check_frames("x_t", x_t, self.image_channels)
         nearest = features.nearest
         if x_t.shape[:1] + x_t.shape[3:] != nearest.shape[:1] + nearest.shape[2:]:
             got = f"x_t {tuple(x_t.shape)}, nearest observed frames {tuple(nearest.shape)}"
@@ -151,7 +157,12 @@ class VideoUNet3D(nn.Module):
 
         time_embedding = self.time_mlp(sinusoidal_embedding(t, self.base_channels).to(x_t.dtype))  # [B,4C]
         nearest = nearest.unsqueeze(2).expand(-1, -1, x_t.shape[2], -1, -1)  # [B,2*C_img,M,H,W]
-        x = self.stem(torch.cat([x_t, nearest], dim=1))  # [B,C,M,H,W]
+        maps = [x_t, nearest]
+        if self.timed:  # the place of each frame on the way from start to end, in (-1, 1)
+            m = x_t.shape[2]
+            share = torch.arange(1, m + 1, device=x_t.device, dtype=x_t.dtype) / (m + 1)
+            maps.append((2 * share - 1).view(1, 1, m, 1, 1).expand(len(x_t), -1, -1, *x_t.shape[3:]))
+        x = self.stem(torch.cat(maps, dim=1))  # [B,C,M,H,W]
         x = self.stem_film(x, features.stem)
         skips = []
         for i, condition in enumerate(features.levels):
@@ -179,9 +190,9 @@ class VideoUNet3D(nn.Module):
         x = torch.cat([self.upsamples[i](x), skip], dim=1)  # [B,2*L[i],M,H/2^i,W/2^i]
         return self.up_films[i](self.up_levels[i](x, time_embedding), condition)
 
-    def _check_frames(self, name: str, frames: Tensor, count: int | None = None) -> None:
-        if frames.dim() != 5 or frames.shape[1] != self.image_channels or count not in (None, frames.shape[2]):
-            expected = f"[B,{self.image_channels},{count or 'M'},H,W]"
+    def _check_frames(self, name: str, frames: Tensor, channels: int, count: int | None = None) -> None:
+        if frames.dim() != 5 or frames.shape[1] != channels or count not in (None, frames.shape[2]):
+            expected = f"[B,{channels},{count or 'M'},H,W]"
             raise ValueError(f"{name} must be {expected} for this network (got {tuple(frames.shape)})")
         for side in frames.shape[3:]:
             check_size(side, self.size_multiple)
@@ -229,7 +240,7 @@ def build_model(model_config: Mapping[str, Any], device: str | None = None) -> V
         device: of its weights; "meta" = shapes alone, for weights that a checkpoint holds; None = torch's default.
     """
     keys = set(inspect.signature(VideoUNet3D).parameters)
-    if {*model_config, "predictor_width"} != keys:  # which a model without a predictor leaves out
+    if {*model_config, "predictor_width", "timed"} != keys:  # these two are left out where they are not used
         difference = sorted(map(str, keys.symmetric_difference(model_config)))
         raise ValueError(f"model_config must have the keys {sorted(keys)} (differs in {difference})")
     if not all(isinstance(model_config[key], (list, tuple)) for key in ("channel_mults", "temporal_attn_levels")):

@@ -17,6 +17,7 @@ from diffusion.noise import generator_for
 from diffusion.pipeline import MiddleFramePipeline, make_predictor, resolve_scale
 from diffusion.residual import Prediction
 from models.predictor import LOG_ERROR_RANGE, FramePredictor, warp
+from models.video_unet3d import VideoUNet3D
 from training.optimizer import Muon, orthogonalised
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.interpolators import load_interpolator
@@ -260,7 +261,7 @@ def test_a_measured_scale_is_the_deviation_of_what_the_predictor_misses(train, s
     clips = list(held_out(None))
     parts = [split_clip(clip, 2) for clip in clips]
     missed = torch.cat([(middle - cross_fade(start, end, 4)).flatten() for start, middle, end in parts])
-    model = torch.nn.Linear(1, 1)
+    model = VideoUNet3D(base_channels=4, channel_mults=(1,), res_blocks=1, temporal_attn_levels=())
     assert measure_scale(clips, "cross_fade", 2, model) == pytest.approx(missed.square().mean().sqrt().item(), rel=1e-5)
 
 
@@ -422,7 +423,7 @@ def test_sampling_from_a_predictor_that_is_still_learning_says_so(train, tmp_pat
 def test_flow_is_clipped_to_the_range_of_frames():
     pytest.importorskip("cv2", reason="needs opencv-python-headless")
     start, end = contexts(1)
-    model = torch.nn.Linear(1, 1)
+    model = VideoUNet3D(base_channels=4, channel_mults=(1,), res_blocks=1, temporal_attn_levels=())
     prediction = make_predictor("flow", 0.5, model)(start, end, 3)
     expected = load_interpolator("flow", torch.device("cpu"))(start, end, 3)
     assert np.array_equal(prediction.frames, expected.clamp(-1, 1)) and prediction.scale == 0.5

@@ -94,6 +94,7 @@ def full_disk(*args, **settings):
         (4, ""),  # at its end
         (6, "--num_workers 2"),
         (5, "--cache_videos --hflip --time_reverse"),
+        (5, "--T 6 9 --frame_stride 1 2"),
         (5, "--grad_accum 2 --warmup_steps 3 --noise_offset 0.1 --ema_update_after_step 2"),
     ],
 )
@@ -515,6 +516,7 @@ def test_a_dry_run_takes_two_steps_a_preview_and_a_save(train):
         "--max_videos 3 --batch_size 8",  # fewer clips than a step needs
         "--amp --save_every 1 --grad_clip 0",
         "--activation_checkpointing --no-channels_last",
+        "--T 6 9 --frame_stride 1 2 --predictor learned --predictor_width 8 --predictor_steps 1",
         "--size 16 24 --predictor learned --predictor_width 8 --predictor_steps 1 --cache_videos",
     ],
 )
@@ -653,6 +655,9 @@ MIDDLE = "--T must exceed 2 * --endpoint_context so that a middle exists (got --
     ("flags", "message"),
     [
         ("--T 4", MIDDLE),
+        ("--T 4 8", MIDDLE),
+        ("--T 8 6", "--T must be two rising numbers (got 8 6)"),
+        ("--frame_stride 4 2", "--frame_stride must be two rising numbers (got 4 2)"),
         ("--channel_mults 1 2 4 --size 60", "--size must be divisible by 8"),
         ("--channel_mults 1 2 4 --size 64 36", "--size must be divisible by 8"),
         ("--size 8 8 8", "argument --size: must be 1 or 2 numbers (got 3)"),

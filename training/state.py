@@ -16,6 +16,7 @@ from diffusion.loss import diffusion_loss, predictor_loss
 from diffusion.noise import INIT, generator_for
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
+from training.clip_shapes import clip_config_of, is_timed
 from training.distributed import is_main, print0, wrap_ddp
 from training.optimizer import Muon
 from utils.checkpoint import load_weights
@@ -201,6 +202,7 @@ def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `build_model`."""
     names = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "endpoint_context")
     config = {"image_channels": 1 if args.color_mode == "gray" else 3, **{name: getattr(args, name) for name in names}}
+    config |= {"timed": True} if is_timed(args) else {}
     return config | ({"predictor_width": args.predictor_width} if args.predictor == "learned" else {})
 
 
@@ -239,7 +241,7 @@ def to_checkpoint(state: TrainingState, args: argparse.Namespace, epoch_steps: i
         "rng": {"torch": torch.get_rng_state()},  # for completeness: every draw of ours has a generator of its own
         "model_config": model_config_of(args),
         "diffusion_config": diffusion,
-        "clip_config": {name: getattr(args, name) for name in ("num_frames", "size", "frame_stride", "color_mode")},
+        "clip_config": clip_config_of(args),
         "args": {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS},
         "history": state.history,
         "best_val_loss": state.best_val_loss,

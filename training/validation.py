@@ -13,6 +13,7 @@ from diffusion.pipeline import MiddleFramePipeline, make_predictor
 from diffusion.residual import Predictor
 from diffusion.schedule import DiffusionSchedule
 from training import distributed
+from training.clip_shapes import cut_clips
 from training.state import TrainingState
 from utils.video_utils import cross_fade, join_clip, psnr, split_clip
 
@@ -27,7 +28,7 @@ def validate(
     args: argparse.Namespace,
 ) -> float:
     """The loss of EMA over the whole split of so many clips, or FloatingPointError; `batches` are this process's."""
-    parts = (split_clip(clip, args.endpoint_context) for clip in batches)
+    parts = (cut_clips(clip, args) for clip in batches)
     if state.predicting:
         losses = [predictor_loss(state.ema.predictor, *part).sum().item() for part in parts]
         sums = (sum(losses), len(distributed.rank_slice(clips)))

@@ -43,8 +43,8 @@ fraction = ranged(float, "a number in (0, 1)", lambda value: 0 < value < 1)
 decay = ranged(float, "a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
-class SizeAction(argparse.Action):
-    """--size: one number for squares, or height and width, of which two equal ones are one."""
+class OneOrTwo(argparse.Action):
+    """One number, or a list of two, such as height and width or the ends of a range; two equal ones are one."""
 
     def __call__(self, parser, namespace, values, option_string=None):  # noqa: D102 (argparse calls it)
         if len(values) > 2:
@@ -52,9 +52,9 @@ class SizeAction(argparse.Action):
         setattr(namespace, self.dest, values[0] if values[0] == values[-1] else values)
 
 
-def size_flag() -> dict[str, Any]:
-    """Arguments of `add_argument` for --size."""
-    return {"type": integer_up_to(65536), "nargs": "+", "action": SizeAction, "metavar": "PIXELS"}
+def one_or_two(metavar: str) -> dict[str, Any]:
+    """Arguments of `add_argument` for such a flag."""
+    return {"type": integer_up_to(65536), "nargs": "+", "action": OneOrTwo, "metavar": metavar}
 
 
 def residual_scale(text: str) -> float | str:
@@ -156,7 +156,11 @@ def add_clip_flags(group: argparse._ArgumentGroup) -> None:
     """What a clip is made of; each is the checkpoint's unless given."""
     add = group.add_argument
     add("--T", dest="num_frames", type=positive_int, help="frames per clip; may differ from training")
-    add("--size", **size_flag(), help="side of squares in pixels, or height and width; may differ from training")
+    add(
+        "--size",
+        **one_or_two("PIXELS"),
+        help="side of squares, or height and width; may differ from training",
+    )
     add("--frame_stride", type=positive_int, help="source frames from one clip frame to the next")
     add("--endpoint_context", type=positive_int, help="observed frames K at each end; fixed by training")
     add("--color_mode", choices=("rgb", "gray"), help="3 channels or 1; fixed by training")

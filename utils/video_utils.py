@@ -34,9 +34,9 @@ def to_gray(frames: Tensor) -> Tensor:
     return (((frames.int() * weights).sum(-3, keepdim=True) + 2**15) >> 16).to(torch.uint8)
 
 
-def height_width(size: FrameSize) -> tuple[int, int]:
-    """Both sides of frames in pixels."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """A number twice, or both of two: height and width, or the ends of a range."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def resize_and_crop(frames: Tensor, size: FrameSize) -> Tensor:
@@ -45,7 +45,7 @@ def resize_and_crop(frames: Tensor, size: FrameSize) -> Tensor:
     Frames that already have it come back as they are, bit for bit.
     """
     h, w = frames.shape[-2:]
-    height, width = height_width(size)
+    height, width = as_pair(size)
     if (h, w) == (height, width):
         return frames
     longest = [max(1, WIDEST_ASPECT * w * height // width), max(1, WIDEST_ASPECT * h * width // height)]
@@ -68,6 +68,23 @@ def split_clip(clip: Tensor, endpoint_context: int) -> tuple[Tensor, Tensor, Ten
     """start_context, middle, end_context of a clip [B,C,T,H,W], as views of it; raises as `middle_length`."""
     k, m = endpoint_context, middle_length(clip.shape[2], endpoint_context)
     return clip[:, :, :k], clip[:, :, k : k + m], clip[:, :, k + m :]
+
+
+def add_times(start_context: Tensor, end_context: Tensor, times: Sequence[int]) -> list[Tensor]:
+    """Both contexts with a channel more, which tells a network when their frames were taken: [B,C+1,K,H,W].
+
+    Of each observed frame it holds log2 of the distance in time to the other context's nearest frame, over 4.
+
+    Args:
+        times: source frame number of each of the T frames of the clip, rising.
+    """
+    k, device = start_context.shape[2], start_context.device
+    apart = [[times[-k] - time for time in times[:k]], [time - times[k - 1] for time in times[-k:]]]
+    timed = []
+    for context, distance in zip((start_context, end_context), apart, strict=True):
+        channel = torch.tensor(distance, dtype=context.dtype, device=device).log2().view(1, 1, k, 1, 1) / 4
+        timed.append(torch.cat([context, channel.expand(len(context), 1, k, *context.shape[3:])], dim=1))
+    return timed
 
 
 def join_clip(start_context: Tensor, middle: Tensor, end_context: Tensor) -> Tensor:
