@@ -1,6 +1,5 @@
 """Images, videos and checkpoints on disk: exact where they promise it, and never half written."""
 
-import argparse
 import itertools
 import os
 import struct
@@ -297,8 +296,7 @@ def write_pickle(path, body):
 
 
 def test_a_network_is_not_made_before_it_is_found_to_be_that_of_the_weights(tmp_path):
-    given = build_parser().parse_given(words(NETWORK)) | {"color_mode": "rgb", "endpoint_context": 2}
-    config = model_config_of(argparse.Namespace(predictor="none", **given))
+    config = model_config_of(build_parser().parse_args(words(NETWORK)))
     weights = build_model(config).state_dict()
     vast = build_model(config | {"base_channels": 4096, "channel_mults": [1, 4096]}, "meta")  # 10^16 weights
     with pytest.raises(ValueError, match="last.pt: the weights do not fit its model_config .size mismatch"):
