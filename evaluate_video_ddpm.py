@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from data.video_index import Video, data_as_trained, split_as_trained, usable_videos
+from diffusion.hierarchy import ORDERS
 from diffusion.pipeline import SAMPLER_PRESETS, SETTINGS, MiddleFramePipeline, describe_settings
 from diffusion.sampler import SAMPLERS, SPACINGS
 from evaluation.evaluator import ClipReader, Evaluator, baseline_method, pipeline_method
@@ -77,7 +78,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("sampler")
     group.add_argument("--num_samples", type=positive_int, help="middles for each clip; None = 1, or 10 under mcvd")
     presets = {name: describe_settings(settings) for name, settings in SAMPLER_PRESETS.items()}
-    flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets, several=True)
+    flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets, ORDERS, several=True)
     return parser
 
 
@@ -185,7 +186,8 @@ def evaluate(args: argparse.Namespace) -> None:
     i3d = I3D(args.fvd_weights, device) if "fvd" in args.metrics else None
     m = args.num_frames - 2 * args.endpoint_context
     times = range(0, args.num_frames * args.frame_stride, args.frame_stride)
-    methods = [pipeline_method(pipe, settings, times, args.num_samples, args.seed) for settings in args.sampling]
+    gap = {"num_middle": m, "times": times, "hierarchy": args.hierarchy}
+    methods = [pipeline_method(pipe, settings, gap, args.num_samples, args.seed) for settings in args.sampling]
     methods += [baseline_method(name, device, m) for name in args.baselines]
     scorer = Scorer(args.metrics, args.protocol == "mcvd", device)
     evaluator = Evaluator(reader, methods, scorer, i3d, args.batch_size, args.endpoint_context, device)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset
 from data.video_index import clip_span, data_as_trained, split_as_trained
+from diffusion.hierarchy import ORDERS, describe_plan
 from diffusion.noise import SAMPLE, generator_for
 from diffusion.pipeline import (
     SAMPLER_PRESETS,
@@ -56,7 +57,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("sampler")
     group.add_argument("--num_samples", type=positive_int, default=1, help="different middles for each context")
     presets = {name: describe_settings(settings) for name, settings in SAMPLER_PRESETS.items()}
-    flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets)
+    flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets, ORDERS)
     return parser
 
 
@@ -143,9 +144,13 @@ def generate(
     chunks = [slice(i, i + args.batch_size) for i in range(0, len(generators), args.batch_size)]
     title, total = f"sample {sample + 1}/{args.num_samples}", settings["steps"] * len(chunks)
     num_middle, middles = args.num_frames - 2 * args.endpoint_context, []
+    if args.hierarchy:
+        total *= sum(map(len, pipe.plan(num_middle, args.hierarchy)))
     with tqdm(total=total, desc=title, unit="step", disable=None) as bar:
         for chunk in chunks:
             draw = {"num_middle": num_middle, "generator": generators[chunk], "callback": lambda **_: bar.update()}
+            times = range(0, args.num_frames * args.frame_stride, args.frame_stride)
+            draw |= {"times": times, "hierarchy": args.hierarchy}
             middles.append(to_uint8(pipe(contexts.start[chunk], contexts.end[chunk], **draw, **settings)).cpu())
     return torch.cat(middles)
 
@@ -192,6 +197,10 @@ def sample(args: argparse.Namespace) -> None:
     pipe, settings = resolve_args(args)
     facts = vars(args) | settings | {"device": str(pipe.device), "checkpoint_step": pipe.trained["step"]}
     facts["nfe"] = forwards_per_clip(pipe.schedule.timesteps, settings)
+    if args.hierarchy:
+        levels = pipe.plan(args.num_frames - 2 * args.endpoint_context, args.hierarchy)
+        facts["nfe"] *= sum(map(len, levels))
+        print(describe_plan(levels))
     out_dir = Path(args.out_dir)
     refuse_to_overwrite(out_dir, args.overwrite)
     contexts = load_contexts(args, pipe.trained)

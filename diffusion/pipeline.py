@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.hierarchy import Levels, fill_gap, plan_levels
+from diffusion.noise import generators_per_clip
 from diffusion.residual import Prediction, Predictor
 from diffusion.sampler import check_sampler, is_guided, sample_middle, visited_timesteps
 from diffusion.schedule import DiffusionSchedule
@@ -156,6 +158,12 @@ class MiddleFramePipeline:
         frames = to_float(frames) if frames.dtype == torch.uint8 else frames.float()
         return (frames[None] if frames.dim() == 4 else frames).to(self.device)
 
+    def plan(self, num_middle: int, hierarchy: str) -> Levels:
+        """The passes in which a gap is filled, see `plan_levels`; ValueError unless the model was trained on ranges."""
+        if not self.model.timed:
+            raise ValueError("hierarchy may be used with a model trained on ranges of --T and --frame_stride alone")
+        return plan_levels(num_middle, middle_length(self.clip_config["num_frames"], self.endpoint_context), hierarchy)
+
     def __call__(
         self,
         start: Frames,
@@ -163,6 +171,7 @@ class MiddleFramePipeline:
         *,
         num_middle: int | None = None,
         times: Sequence[int] | None = None,
+        hierarchy: str | None = None,
         num_samples: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         callback: Callable[..., None] | None = None,
@@ -178,6 +187,7 @@ class MiddleFramePipeline:
             num_middle: frames to generate; None = as in training, of a range of them the most.
             times: source frame number of each frame of the clip, rising, which a model trained on a range of lengths or
                 strides is told; None = evenly, at the stride of training, of a range the least.
+            hierarchy: of ORDERS: fill the gap in several passes, none longer than the clips of training; None = in one.
             num_samples: different middles for each clip.
             generator: one for all, or one per clip and sample; None = torch's global one.
             callback: called at every step, see `sample_middle`; of a model with a predictor its x0_hat is a residual.
@@ -189,12 +199,21 @@ class MiddleFramePipeline:
         m = middle_length(self.clip_config["num_frames"], self.endpoint_context) if num_middle is None else num_middle
         if m < 1:
             raise ValueError(f"num_middle must be at least 1 (got {m})")
-        draw = {"noise_offset": self.noise_offset, "generator": generator, "callback": callback}
         settings = sampler_settings(self.default_preset, **settings)
         self.check_settings(settings)
+        stride, total = self.clip_config["frame_stride"], m + 2 * self.endpoint_context
+        times = range(0, total * stride, stride) if times is None else times
+        if hierarchy is not None:
+            levels, k = self.plan(m, hierarchy), self.endpoint_context
+            draw = {"generator": generators_per_clip(generator, len(contexts[0])), "callback": callback, **settings}
+
+            def one_pass(start: Tensor, end: Tensor, num_middle: int, numbers: list[int]) -> Tensor:
+                return self(start, end, num_middle=num_middle, times=[times[number + k] for number in numbers], **draw)
+
+            return fill_gap(one_pass, *contexts, levels)
         if self.model.timed:
-            evenly = range(0, (m + 2 * self.endpoint_context) * self.clip_config["frame_stride"])
-            contexts = add_times(*contexts, evenly[:: self.clip_config["frame_stride"]] if times is None else times)
+            contexts = add_times(*contexts, times)
+        draw = {"noise_offset": self.noise_offset, "generator": generator, "callback": callback}
         with autocast(self.device, self.amp_dtype):
             if self.predictor != "none":  # what is predicted from must fit, as what is sampled from
                 self.model.check_contexts(*contexts)

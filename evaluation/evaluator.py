@@ -66,16 +66,20 @@ class Method(NamedTuple):
 
 
 def pipeline_method(
-    pipe: MiddleFramePipeline, settings: Mapping[str, Any], times: Sequence[int], samples: int, seed: int
+    pipe: MiddleFramePipeline, settings: Mapping[str, Any], gap: Mapping[str, Any], samples: int, seed: int
 ) -> Method:
-    """A trained model under one combination of sampler settings, for clips of these times; samples differ in noise."""
-    num_middle = len(times) - 2 * pipe.endpoint_context
+    """A trained model under one combination of sampler settings; each sample has its own noise.
+
+    `gap` are the arguments of a call that say what is missing: num_middle, times and hierarchy.
+    """
 
     def generate(start: Tensor, end: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
         generators = [generator_for(seed, SAMPLE, *key) for key in keys]
-        return pipe(start, end, num_middle=num_middle, times=times, generator=generators, **settings)
+        return pipe(start, end, **gap, generator=generators, **settings)
 
     nfe = forwards_per_clip(pipe.schedule.timesteps, settings)
+    if gap["hierarchy"]:
+        nfe *= sum(map(len, pipe.plan(gap["num_middle"], gap["hierarchy"])))
     if settings["steps"] == 0:
         samples = 1  # nothing of a prediction is random
     return Method(f"ours, {describe_settings(settings)}", samples, nfe, generate)
