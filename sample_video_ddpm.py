@@ -1,20 +1,26 @@
-"""Generate the frames between two observed ends, from start and end images or from held-out clips of a dataset.
+"""Generate the frames between two observed ends: from images, held-out clips of a dataset, or a video with gaps.
 
 Everything that the checkpoint knows (network, frame size, colours, noise schedule) is taken from it.
 """
 
 import argparse
+import re
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset
-from data.video_index import clip_span, data_as_trained, split_as_trained
+from data.video_index import clip_span, data_as_trained, reason_of, split_as_trained
+from data.video_reader import DECODE_ERRORS, probe_video
+from data.video_rewriter import Frame, fill_gaps, insert_frames, rewrite_video, upright_size
 from diffusion.hierarchy import ORDERS, describe_plan
 from diffusion.noise import SAMPLE, generator_for
 from diffusion.pipeline import (
@@ -28,11 +34,13 @@ from diffusion.sampler import SAMPLERS, SPACINGS
 from utils import flags
 from utils.device import explain_oom
 from utils.flags import Parser, nonempty_path, positive_int
-from utils.io import contact_sheet, observed_frames, save_gif, save_json, save_mp4, save_png
-from utils.video_utils import cross_fade, join_clip, psnr, split_clip, to_float, to_uint8
+from utils.io import atomic_write, contact_sheet, observed_frames, save_gif, save_json, save_mp4, save_png
+from utils.video_utils import as_pair, cross_fade, join_clip, psnr, split_clip, to_float, to_gray, to_uint8
 
 OOM_REMEDY = "--batch_size, --size or --T"
+WORKING_PIXELS = 256 * 256  # frames of larger videos are made at about so many and enlarged
 WRITTEN = ("sample.json", "sample.mp4", "sample.gif", "sheet.png", "start_context.png", "end_context.png", "frames")
+WRITTEN += ("video.mp4",)
 
 
 def build_parser() -> Parser:
@@ -51,6 +59,15 @@ def build_parser() -> Parser:
     add("--middle_images", nargs="+", metavar="PNG", help="the frames between, where known, to score the sample by")
     add("--data_root", type=nonempty_path, help="without images: use held-out clips of it; None = those of training")
     add("--num_clips", type=positive_int, default=1, help="held-out clips, evenly chosen")
+    add(
+        "--video",
+        metavar="MP4",
+        help="a video to write anew, as video.mp4, with --gap or --insert; its sound is copied",
+    )
+    gap = "frames to make anew, as 12:20 for the eight from number 12 on; may be given several times"
+    add("--gap", type=frame_range, action="append", metavar="FIRST:END", help=gap)
+    add("--insert", type=positive_int, metavar="N", help="new frames between each pair of neighbours of --video")
+    add("--lossless", action="store_true", help="keep every bit of the frames of --video that are not made anew")
     add("--cache_dir", type=nonempty_path, help="folder for the file index and built-in clips; None = as in training")
     flags.add_clip_flags(parser.add_argument_group("clip"))
 
@@ -59,6 +76,14 @@ def build_parser() -> Parser:
     presets = {name: describe_settings(settings) for name, settings in SAMPLER_PRESETS.items()}
     flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets, ORDERS)
     return parser
+
+
+def frame_range(text: str) -> range:
+    """Type of --gap: FIRST:END, of which END is the first frame that stays."""
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"must be two rising frame numbers, as 12:20 (got {text})")
+    return range(int(match[1]), int(match[2]))
 
 
 class Contexts(NamedTuple):
@@ -80,12 +105,21 @@ def resolve_args(args: argparse.Namespace) -> tuple[MiddleFramePipeline, dict[st
         raise ValueError("--start_images and --end_images must be given together")
     if args.middle_images and not args.start_images:
         raise ValueError("--middle_images needs --start_images and --end_images")
+    if (args.video is None) != (args.gap is None and args.insert is None) or (args.gap and args.insert):
+        raise ValueError("--video must be given with one of --gap and --insert, and these with it")
+    if args.video and args.start_images:
+        raise ValueError("--video must be given without --start_images and --end_images")
+    keep_size = args.size is None
     pipe = MiddleFramePipeline.from_checkpoint(
         args.ckpt, args.device, use_raw_model=args.use_raw_model, amp=args.amp, compile=args.compile
     )
     (settings,) = pipe.resolve_flags(args)
     k = pipe.endpoint_context
     observed, between = (k, "the checkpoint's endpoint_context"), (args.num_frames - 2 * k, "those between the ends")
+    args.size = None if args.video and keep_size else args.size  # that of the video
+    if args.insert and k > 1 and not pipe.model.timed:
+        rule = "--insert needs a model of --endpoint_context 1, or one that was trained on a range of --frame_stride"
+        raise ValueError(f"{rule} (got {args.ckpt})")
     for flag, (count, why) in {"start_images": observed, "end_images": observed, "middle_images": between}.items():
         paths = getattr(args, flag)
         if paths is not None and len(paths) != count:
@@ -187,6 +221,56 @@ def save_sample(
     return scores
 
 
+def working_size(height: int, width: int, multiple: int) -> tuple[int, int]:
+    """The size at which frames of a video are made: its own, or what the network takes of at most WORKING_PIXELS."""
+    scale = min(1.0, (WORKING_PIXELS / (height * width)) ** 0.5)
+    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+
+
+def write_video(
+    args: argparse.Namespace, pipe: MiddleFramePipeline, settings: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """Write --video with its gaps filled, or with frames inserted; returns facts for the record.
+
+    Raises: ValueError: if the video cannot be read, or a gap lacks frames on either side.
+    """
+    try:
+        info = probe_video(args.video)
+    except DECODE_ERRORS as error:
+        raise ValueError(f"--video {args.video}: {reason_of(error)}") from error
+    k, gaps = pipe.endpoint_context, sorted(args.gap or [], key=lambda gap: gap.start)
+    for gap, before in zip(gaps, [0, *(gap.stop for gap in gaps)], strict=False):
+        if gap.start < before + k or gap.stop + k > info.frames:
+            rule = f"--gap must leave {k} frames before it, after it and between two (the video has {info.frames})"
+            raise ValueError(f"{rule} (got {gap.start}:{gap.stop})")
+    height, width = upright_size(info)
+    size = as_pair(args.size) if args.size else working_size(height, width, pipe.model.size_multiple)
+    if size != (height, width):
+        print(f"new frames are made at {size[0]}x{size[1]} and resized to {height}x{width}; --size chooses")
+    stride = args.insert + 1 if args.insert else 1
+    made = 0
+
+    def make(before: Sequence[Tensor], after: Sequence[Tensor], count: int) -> list[Tensor]:
+        nonlocal made
+        ends = [torch.stack([resize(frame, list(size)) for frame in side], dim=1)[None] for side in (before, after)]
+        ends = [to_gray(end.transpose(1, 2)).transpose(1, 2) if args.color_mode == "gray" else end for end in ends]
+        steps = [stride] * (k - 1) + [1] * (count + 1) + [stride] * (k - 1)
+        draw = {"num_middle": count, "times": [0, *accumulate(steps)], "hierarchy": args.hierarchy}
+        middle = pipe(*ends, generator=[generator_for(args.seed, SAMPLE, made)], **draw, **settings)
+        made += 1
+        frames = to_uint8(middle)[0].cpu().expand(3, -1, -1, -1).unbind(1)
+        return [resize(frame, [height, width]) for frame in frames]
+
+    def change(frames: Iterator[Frame]) -> Iterator[Frame]:
+        frames = tqdm(frames, total=info.frames, unit="frame", disable=None)
+        return insert_frames(frames, args.insert, k, make) if args.insert else fill_gaps(frames, gaps, k, make)
+
+    with atomic_write(path) as file:
+        count = rewrite_video(args.video, file, info, change, stride, args.lossless)
+    print(f"{path}: {count} frames")
+    return {"frames": count, "made": made, "made_at": list(size), "nfe": None}
+
+
 def score_text(scores: dict[str, float]) -> str:
     """Scores as a reader wants them, the model's beside the baseline's."""
     return f"middle PSNR {scores['psnr']:.2f} dB (cross-fade {scores['psnr_cross_fade']:.2f} dB)"
@@ -203,6 +287,10 @@ def sample(args: argparse.Namespace) -> None:
         print(describe_plan(levels))
     out_dir = Path(args.out_dir)
     refuse_to_overwrite(out_dir, args.overwrite)
+    if args.video:
+        facts |= write_video(args, pipe, settings, out_dir / "video.mp4")
+        save_json(out_dir / "sample.json", facts | {"gap": [str(gap) for gap in args.gap or []]})
+        return
     contexts = load_contexts(args, pipe.trained)
     clips, scores = len(contexts.start), []
     for n in range(args.num_samples):

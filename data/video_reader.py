@@ -6,7 +6,7 @@ Every decoder runs on one thread, since loading is parallel over files.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -91,6 +91,18 @@ class VideoFile:
             if may_skip and skipping != (packet.pts is not None and packet.pts < needed_from):
                 skipping = not skipping
                 context.skip_frame = "NONREF" if skipping else "DEFAULT"
+            try:
+                yield from packet.decode()
+            except DECODE_ERRORS as error:
+                self.lost.append(type(error).__name__)
+
+    def decode_beside(self, others: list[int], copy: Callable[[av.Packet], None]) -> Iterator[av.VideoFrame]:
+        """As `decode`, while `copy` gets the packets of the `others`, streams by index, as they come along."""
+        for packet in self.container.demux([self.stream.index, *others]):
+            if packet.stream.index != self.stream.index:
+                if packet.dts is not None:  # the last one of a stream is empty
+                    copy(packet)
+                continue
             try:
                 yield from packet.decode()
             except DECODE_ERRORS as error:
