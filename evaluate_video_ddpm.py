@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from data.video_index import Video, data_as_trained, split_as_trained, usable_videos
-from diffusion.hierarchy import ORDERS
 from diffusion.pipeline import SAMPLER_PRESETS, SETTINGS, MiddleFramePipeline, describe_settings
 from diffusion.sampler import SAMPLERS, SPACINGS
 from evaluation.evaluator import ClipReader, Evaluator, baseline_method, pipeline_method
@@ -31,7 +30,7 @@ from utils.device import describe_machine, explain_oom, resolve_device
 from utils.flags import Parser, nonempty_path, positive_int
 from utils.interpolators import INTERPOLATORS, missing_package
 from utils.io import file_sha256
-from utils.video_utils import as_pair, middle_length
+from utils.video_utils import as_pair, clip_times, middle_length
 
 WITHOUT_CHECKPOINT = {"num_frames": 8, "endpoint_context": 2, "frame_stride": 1, "size": 64, "color_mode": "rgb"}
 OOM_REMEDY = "--batch_size, --size or --T"
@@ -78,7 +77,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("sampler")
     group.add_argument("--num_samples", type=positive_int, help="middles for each clip; None = 1, or 10 under mcvd")
     presets = {name: describe_settings(settings) for name, settings in SAMPLER_PRESETS.items()}
-    flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets, ORDERS, several=True)
+    flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets, several=True)
     return parser
 
 
@@ -185,7 +184,7 @@ def evaluate(args: argparse.Namespace) -> None:
     videos = choose_videos(args, trained, reader.needed)
     i3d = I3D(args.fvd_weights, device) if "fvd" in args.metrics else None
     m = args.num_frames - 2 * args.endpoint_context
-    times = range(0, args.num_frames * args.frame_stride, args.frame_stride)
+    times = clip_times(args.num_frames, args.frame_stride)
     gap = {"num_middle": m, "times": times, "hierarchy": args.hierarchy}
     methods = [pipeline_method(pipe, settings, gap, args.num_samples, args.seed) for settings in args.sampling]
     methods += [baseline_method(name, device, m) for name in args.baselines]

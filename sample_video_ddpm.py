@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from av import FFmpegError
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset
 from data.video_index import clip_span, data_as_trained, reason_of, split_as_trained
 from data.video_reader import DECODE_ERRORS, probe_video
 from data.video_rewriter import Frame, fill_gaps, insert_frames, rewrite_video, upright_size
-from diffusion.hierarchy import ORDERS, describe_plan
+from diffusion.hierarchy import describe_plan
 from diffusion.noise import SAMPLE, generator_for
 from diffusion.pipeline import (
     SAMPLER_PRESETS,
@@ -35,7 +36,7 @@ from utils import flags
 from utils.device import explain_oom
 from utils.flags import Parser, nonempty_path, positive_int
 from utils.io import atomic_write, contact_sheet, observed_frames, save_gif, save_json, save_mp4, save_png
-from utils.video_utils import as_pair, cross_fade, join_clip, psnr, split_clip, to_float, to_gray, to_uint8
+from utils.video_utils import as_pair, clip_times, cross_fade, join_clip, psnr, split_clip, to_float, to_gray, to_uint8
 
 OOM_REMEDY = "--batch_size, --size or --T"
 WORKING_PIXELS = 256 * 256  # frames of larger videos are made at about so many and enlarged
@@ -59,14 +60,16 @@ def build_parser() -> Parser:
     add("--middle_images", nargs="+", metavar="PNG", help="the frames between, where known, to score the sample by")
     add("--data_root", type=nonempty_path, help="without images: use held-out clips of it; None = those of training")
     add("--num_clips", type=positive_int, default=1, help="held-out clips, evenly chosen")
-    add(
-        "--video",
-        metavar="MP4",
-        help="a video to write anew, as video.mp4, with --gap or --insert; its sound is copied",
-    )
+    video = "a video to write again, as video.mp4, with --gap or --insert; its sound is copied"
+    add("--video", type=nonempty_path, metavar="MP4", help=video)
     gap = "frames to make anew, as 12:20 for the eight from number 12 on; may be given several times"
     add("--gap", type=frame_range, action="append", metavar="FIRST:END", help=gap)
-    add("--insert", type=positive_int, metavar="N", help="new frames between each pair of neighbours of --video")
+    add(
+        "--insert",
+        type=flags.integer_up_to(255),
+        metavar="N",
+        help="new frames between each pair of neighbours of --video",
+    )
     add("--lossless", action="store_true", help="keep every bit of the frames of --video that are not made anew")
     add("--cache_dir", type=nonempty_path, help="folder for the file index and built-in clips; None = as in training")
     flags.add_clip_flags(parser.add_argument_group("clip"))
@@ -74,7 +77,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("sampler")
     group.add_argument("--num_samples", type=positive_int, default=1, help="different middles for each context")
     presets = {name: describe_settings(settings) for name, settings in SAMPLER_PRESETS.items()}
-    flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets, ORDERS)
+    flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets)
     return parser
 
 
@@ -107,8 +110,11 @@ def resolve_args(args: argparse.Namespace) -> tuple[MiddleFramePipeline, dict[st
         raise ValueError("--middle_images needs --start_images and --end_images")
     if (args.video is None) != (args.gap is None and args.insert is None) or (args.gap and args.insert):
         raise ValueError("--video must be given with one of --gap and --insert, and these with it")
-    if args.video and args.start_images:
-        raise ValueError("--video must be given without --start_images and --end_images")
+    alone = ("start_images", "data_root", "num_frames", "frame_stride")
+    if args.video and (any(getattr(args, name) for name in alone) or args.num_samples > 1):
+        raise ValueError("--video must be given without images, --data_root, --T, --frame_stride and --num_samples")
+    if args.lossless and not args.video:
+        raise ValueError("--lossless needs --video")
     keep_size = args.size is None
     pipe = MiddleFramePipeline.from_checkpoint(
         args.ckpt, args.device, use_raw_model=args.use_raw_model, amp=args.amp, compile=args.compile
@@ -117,7 +123,7 @@ def resolve_args(args: argparse.Namespace) -> tuple[MiddleFramePipeline, dict[st
     k = pipe.endpoint_context
     observed, between = (k, "the checkpoint's endpoint_context"), (args.num_frames - 2 * k, "those between the ends")
     args.size = None if args.video and keep_size else args.size  # that of the video
-    if args.insert and k > 1 and not pipe.model.timed:
+    if args.insert and k > 1 and not isinstance(pipe.trained["args"].get("frame_stride"), list):
         rule = "--insert needs a model of --endpoint_context 1, or one that was trained on a range of --frame_stride"
         raise ValueError(f"{rule} (got {args.ckpt})")
     for flag, (count, why) in {"start_images": observed, "end_images": observed, "middle_images": between}.items():
@@ -179,11 +185,11 @@ def generate(
     title, total = f"sample {sample + 1}/{args.num_samples}", settings["steps"] * len(chunks)
     num_middle, middles = args.num_frames - 2 * args.endpoint_context, []
     if args.hierarchy:
-        total *= sum(map(len, pipe.plan(num_middle, args.hierarchy)))
+        total *= sum(map(len, pipe.plan(num_middle)))
     with tqdm(total=total, desc=title, unit="step", disable=None) as bar:
         for chunk in chunks:
             draw = {"num_middle": num_middle, "generator": generators[chunk], "callback": lambda **_: bar.update()}
-            times = range(0, args.num_frames * args.frame_stride, args.frame_stride)
+            times = clip_times(args.num_frames, args.frame_stride)
             draw |= {"times": times, "hierarchy": args.hierarchy}
             middles.append(to_uint8(pipe(contexts.start[chunk], contexts.end[chunk], **draw, **settings)).cpu())
     return torch.cat(middles)
@@ -200,7 +206,7 @@ def save_sample(
     whole = join_clip(start[None], middle[None], end[None])[0]  # [C,T,H,W]
     frames = folder / "frames"
     frames.mkdir(parents=True, exist_ok=True)
-    for old in frames.glob("[0-9][0-9][0-9].png"):  # with --overwrite: of an earlier, longer sample
+    for old in frames.glob("[0-9][0-9][0-9]*.png"):  # with --overwrite: of an earlier, longer sample
         old.unlink()
     for i, frame in enumerate(whole.unbind(1)):
         save_png(frames / f"{i:03d}.png", frame)
@@ -238,6 +244,8 @@ def write_video(
         info = probe_video(args.video)
     except DECODE_ERRORS as error:
         raise ValueError(f"--video {args.video}: {reason_of(error)}") from error
+    if info.damage:
+        raise ValueError(f"--video {args.video}: {info.damage}")
     k, gaps = pipe.endpoint_context, sorted(args.gap or [], key=lambda gap: gap.start)
     for gap, before in zip(gaps, [0, *(gap.stop for gap in gaps)], strict=False):
         if gap.start < before + k or gap.stop + k > info.frames:
@@ -265,8 +273,11 @@ def write_video(
         frames = tqdm(frames, total=info.frames, unit="frame", disable=None)
         return insert_frames(frames, args.insert, k, make) if args.insert else fill_gaps(frames, gaps, k, make)
 
-    with atomic_write(path) as file:
-        count = rewrite_video(args.video, file, info, change, stride, args.lossless)
+    try:
+        with atomic_write(path) as file:
+            count = rewrite_video(args.video, file, info, change, stride, args.lossless)
+    except FFmpegError as error:
+        raise ValueError(f"--video {args.video}: {reason_of(error)}") from error
     print(f"{path}: {count} frames")
     return {"frames": count, "made": made, "made_at": list(size), "nfe": None}
 
@@ -281,16 +292,16 @@ def sample(args: argparse.Namespace) -> None:
     pipe, settings = resolve_args(args)
     facts = vars(args) | settings | {"device": str(pipe.device), "checkpoint_step": pipe.trained["step"]}
     facts["nfe"] = forwards_per_clip(pipe.schedule.timesteps, settings)
-    if args.hierarchy:
-        levels = pipe.plan(args.num_frames - 2 * args.endpoint_context, args.hierarchy)
-        facts["nfe"] *= sum(map(len, levels))
-        print(describe_plan(levels))
     out_dir = Path(args.out_dir)
     refuse_to_overwrite(out_dir, args.overwrite)
     if args.video:
         facts |= write_video(args, pipe, settings, out_dir / "video.mp4")
-        save_json(out_dir / "sample.json", facts | {"gap": [str(gap) for gap in args.gap or []]})
+        save_json(out_dir / "sample.json", facts | {"gap": [f"{gap.start}:{gap.stop}" for gap in args.gap or []]})
         return
+    if args.hierarchy:
+        levels = pipe.plan(args.num_frames - 2 * args.endpoint_context)
+        facts["nfe"] *= sum(map(len, levels))
+        print(describe_plan(levels))
     contexts = load_contexts(args, pipe.trained)
     clips, scores = len(contexts.start), []
     for n in range(args.num_samples):

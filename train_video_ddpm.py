@@ -39,7 +39,7 @@ from diffusion.schedule import SCHEDULES, DiffusionSchedule
 from models.video_unet3d import build_model, check_size
 from training import distributed
 from training.checkpointer import Checkpointer, load_latest, make_out_dir
-from training.clip_shapes import clip_config_of, cut_clips, is_timed
+from training.clip_shapes import clip_config_of, cut_clips, is_timed, window_length
 from training.distributed import Silent, StopRequest, print0
 from training.logger import Logger, describe_run
 from training.state import (
@@ -313,8 +313,7 @@ def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDat
     window = {"num_frames": config["num_frames"], "frame_stride": config["frame_stride"], "seed": args.seed}
     val_clips = VideoClipDataset(videos[1], source, random_window=False, **window)
     if is_timed(args):  # stretches of neighbouring frames, of which `cut_clips` takes some
-        longest = clip_span(as_pair(args.num_frames)[1], as_pair(args.frame_stride)[1])
-        window |= {"num_frames": min([longest, *(video.info.frames for video in videos[0])]), "frame_stride": 1}
+        window |= {"num_frames": window_length(args, [video.info.frames for video in videos[0]]), "frame_stride": 1}
     augmentation = {"hflip": args.hflip, "time_reverse": args.time_reverse}
     return VideoClipDataset(videos[0], source, random_window=True, **window, **augmentation), val_clips
 
@@ -376,7 +375,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     if state.residual_scale == "measured":
         chosen = range(0, len(train_clips), math.ceil(len(train_clips) / SCALE_CLIPS))
         clips = failures.clips((collate([train_clips[0, i]]) for i in chosen), device)
-        state.residual_scale = measure_scale(clips, args.predictor, args.endpoint_context, state.ema)
+        parts = (cut_clips(clip, args, generator_for(args.seed, SHAPE, i)) for i, clip in enumerate(clips))
+        state.residual_scale = measure_scale(parts, args.predictor, state.ema)
     refining = {"predictor": args.predictor, "residual_scale": state.residual_scale}
     pipe = MiddleFramePipeline(state.ema, schedule, clip_config_of(args), args.noise_offset, amp_dtype, **refining)
 

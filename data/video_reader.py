@@ -6,7 +6,7 @@ Every decoder runs on one thread, since loading is parallel over files.
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -79,30 +79,25 @@ class VideoFile:
     def __exit__(self, *exception: object) -> None:
         self.container.close()
 
-    def decode(self, needed_from: int | None = None) -> Iterator[av.VideoFrame]:
+    def decode(
+        self, needed_from: int | None = None, copy: Mapping[int, Callable[[av.Packet], None]] | None = None
+    ) -> Iterator[av.VideoFrame]:
         """Every frame that comes out, in display order; packets that fail are noted in `lost` and skipped.
 
-        Of the frames before the timestamp `needed_from`, those that no other frame refers to are not decoded.
+        Of the frames before the timestamp `needed_from`, those that no other frame refers to are not decoded. `copy`
+        gets the packets of other streams, by their index, as they come along.
         """
         context = self.stream.codec_context
         may_skip = needed_from is not None and context.name == "h264"  # others may not heed it for each packet
         skipping = False
-        for packet in self.container.demux(self.stream):
+        for packet in self.container.demux([self.stream.index, *(copy or {})]):
+            if packet.stream.index != self.stream.index:
+                if packet.dts is not None:  # the last one of a stream is empty
+                    copy[packet.stream.index](packet)
+                continue
             if may_skip and skipping != (packet.pts is not None and packet.pts < needed_from):
                 skipping = not skipping
                 context.skip_frame = "NONREF" if skipping else "DEFAULT"
-            try:
-                yield from packet.decode()
-            except DECODE_ERRORS as error:
-                self.lost.append(type(error).__name__)
-
-    def decode_beside(self, others: list[int], copy: Callable[[av.Packet], None]) -> Iterator[av.VideoFrame]:
-        """As `decode`, while `copy` gets the packets of the `others`, streams by index, as they come along."""
-        for packet in self.container.demux([self.stream.index, *others]):
-            if packet.stream.index != self.stream.index:
-                if packet.dts is not None:  # the last one of a stream is empty
-                    copy(packet)
-                continue
             try:
                 yield from packet.decode()
             except DECODE_ERRORS as error:

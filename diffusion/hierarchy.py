@@ -9,21 +9,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-ORDERS = ("keyframes", "grow")
 Levels = list[list[list[int]]]
 Pass = Callable[[Tensor, Tensor, int, list[int]], Tensor]
 
 
-def plan_levels(num_middle: int, most: int, order: str = "keyframes") -> Levels:
+def plan_levels(num_middle: int, most: int) -> Levels:
     """The passes that fill a gap, level by level: of each the frames it makes, counted from 0 after the start.
 
-    A pass makes at most `most` frames and rests on those of the levels above alone, and on the observed ones.
-
-    Args:
-        order: keyframes = spread evenly over every part of the gap that is still open; grow = from the start on.
+    A pass makes at most `most` frames, spread evenly over a part of the gap that is still open, and rests on those of
+    the levels above alone, and on the observed ones.
     """
-    if order == "grow":
-        return [[list(range(i, min(i + most, num_middle)))] for i in range(0, num_middle, most)]
     levels, gaps = [], [(-1, num_middle)]
     while gaps:
         marks = []

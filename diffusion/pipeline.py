@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from utils.checkpoint import load_checkpoint, load_weights
 from utils.device import autocast, choose_amp_dtype, resolve_device
 from utils.interpolators import load_interpolator
 from utils.io import read_image
-from utils.video_utils import FrameSize, add_times, middle_length, resize_and_crop, to_float, to_gray
+from utils.video_utils import FrameSize, add_times, clip_times, middle_length, resize_and_crop, to_float, to_gray
 
 # Settings that go together: the reference design's; the fewest forwards that lose nothing against 100 DDIM steps in
 # PSNR, SSIM and temporal error; and for a model with a predictor three steps, sharper than the prediction for half a dB
@@ -158,11 +158,11 @@ class MiddleFramePipeline:
         frames = to_float(frames) if frames.dtype == torch.uint8 else frames.float()
         return (frames[None] if frames.dim() == 4 else frames).to(self.device)
 
-    def plan(self, num_middle: int, hierarchy: str) -> Levels:
+    def plan(self, num_middle: int) -> Levels:
         """The passes in which a gap is filled, see `plan_levels`; ValueError unless the model was trained on ranges."""
         if not self.model.timed:
             raise ValueError("hierarchy may be used with a model trained on ranges of --T and --frame_stride alone")
-        return plan_levels(num_middle, middle_length(self.clip_config["num_frames"], self.endpoint_context), hierarchy)
+        return plan_levels(num_middle, middle_length(self.clip_config["num_frames"], self.endpoint_context))
 
     def __call__(
         self,
@@ -171,7 +171,7 @@ class MiddleFramePipeline:
         *,
         num_middle: int | None = None,
         times: Sequence[int] | None = None,
-        hierarchy: str | None = None,
+        hierarchy: bool = False,
         num_samples: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         callback: Callable[..., None] | None = None,
@@ -187,7 +187,7 @@ class MiddleFramePipeline:
             num_middle: frames to generate; None = as in training, of a range of them the most.
             times: source frame number of each frame of the clip, rising, which a model trained on a range of lengths or
                 strides is told; None = evenly, at the stride of training, of a range the least.
-            hierarchy: of ORDERS: fill the gap in several passes, none longer than the clips of training; None = in one.
+            hierarchy: fill the gap in several passes, keyframes first, none longer than the clips of training.
             num_samples: different middles for each clip.
             generator: one for all, or one per clip and sample; None = torch's global one.
             callback: called at every step, see `sample_middle`; of a model with a predictor its x0_hat is a residual.
@@ -201,10 +201,12 @@ class MiddleFramePipeline:
             raise ValueError(f"num_middle must be at least 1 (got {m})")
         settings = sampler_settings(self.default_preset, **settings)
         self.check_settings(settings)
-        stride, total = self.clip_config["frame_stride"], m + 2 * self.endpoint_context
-        times = range(0, total * stride, stride) if times is None else times
-        if hierarchy is not None:
-            levels, k = self.plan(m, hierarchy), self.endpoint_context
+        if times is None:
+            times = clip_times(m + 2 * self.endpoint_context, self.clip_config["frame_stride"])
+        if len(times) != m + 2 * self.endpoint_context or any(b <= a for a, b in pairwise(times)):
+            raise ValueError(f"times must be one rising number for each frame of the clip (got {list(times)})")
+        if hierarchy:
+            levels, k = self.plan(m), self.endpoint_context
             draw = {"generator": generators_per_clip(generator, len(contexts[0])), "callback": callback, **settings}
 
             def one_pass(start: Tensor, end: Tensor, num_middle: int, numbers: list[int]) -> Tensor:

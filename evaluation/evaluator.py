@@ -79,7 +79,7 @@ def pipeline_method(
 
     nfe = forwards_per_clip(pipe.schedule.timesteps, settings)
     if gap["hierarchy"]:
-        nfe *= sum(map(len, pipe.plan(gap["num_middle"], gap["hierarchy"])))
+        nfe *= sum(map(len, pipe.plan(gap["num_middle"])))
     if settings["steps"] == 0:
         samples = 1  # nothing of a prediction is random
     return Method(f"ours, {describe_settings(settings)}", samples, nfe, generate)

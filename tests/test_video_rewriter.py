@@ -53,6 +53,11 @@ def test_gaps_are_filled_from_their_neighbours_and_all_else_stays(make):
     assert make.asked == [([0, 1], [4, 5], 2), ([4, 5], [9, 10], 3)]
 
 
+def test_black_frames_are_no_cut(make):
+    out = fill_gaps(iter(stream([100, 101, 0, 0, 102, 103])), [range(2, 4)], 2, make)
+    assert levels(out) == [100, 101, 200, 200, 102, 103]
+
+
 def test_a_gap_across_a_cut_stays_as_it_was(make, capsys):
     frames = stream([1, 2, 3, 90, 91, 92, 93])
     assert list(fill_gaps(iter(frames), [range(2, 4)], 2, make)) == frames and make.asked == []
@@ -193,7 +198,9 @@ def test_frames_of_large_or_odd_videos_are_made_smaller_or_as_asked(single, tmp_
         ("--gap 3:11", "(got 3:11)"),
         ("--gap 3:5 --gap 6:8", "(got 6:8)"),
         ("--insert 1", "--insert needs a model of --endpoint_context 1, or one that was trained on a range"),
-        ("--gap 3:5 --start_images a b --end_images c d", "--video must be given without --start_images"),
+        ("--gap 3:5 --start_images a b --end_images c d", "--video must be given without images"),
+        ("--gap 3:5 --T 9", "--video must be given without images, --data_root, --T, --frame_stride"),
+        ("--insert 300", "argument --insert: must be an integer in [1, 255] (got 300)"),
     ],
 )
 def test_wrong_use_is_one_line(ckpt, tmp_path, capsys, flags, message):

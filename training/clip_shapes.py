@@ -1,12 +1,14 @@
 """What clips a run is made of: one length and stride, or any of a range (--T 6 12, --frame_stride 1 4)."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from utils.video_utils import add_times, as_pair, split_clip
+from training.distributed import print0
+from utils.video_utils import add_times, as_pair, clip_times, split_clip
 
 
 def is_timed(args: argparse.Namespace) -> bool:
@@ -20,6 +22,15 @@ def clip_config_of(args: argparse.Namespace) -> dict[str, Any]:
     return {"num_frames": length, "size": args.size, "frame_stride": stride, "color_mode": args.color_mode}
 
 
+def window_length(args: argparse.Namespace, lengths: Sequence[int]) -> int:
+    """Frames from which the clips of a timed run are cut: as many as the longest clip spans, or the shortest video has."""
+    (_, longest), (_, stride) = as_pair(args.num_frames), as_pair(args.frame_stride)
+    wanted, shortest = (longest - 1) * stride + 1, min(lengths)
+    if shortest < wanted:
+        print0(f"note: strides are drawn as they fit the shortest video ({shortest} frames; all need {wanted})")
+    return min(shortest, wanted)
+
+
 def cut_clips(
     clips: Tensor, args: argparse.Namespace, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,8 +42,7 @@ def cut_clips(
     k = args.endpoint_context
     if not is_timed(args):
         return split_clip(clips, k)
-    stride = as_pair(args.frame_stride)[0]
-    times = list(range(0, clips.shape[2] * stride, stride))
+    times = list(clip_times(clips.shape[2], as_pair(args.frame_stride)[0]))
     if generator is not None:
         times = draw_times(clips.shape[2], as_pair(args.num_frames), as_pair(args.frame_stride), k, generator)
         clips = clips[:, :, times]

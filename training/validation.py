@@ -71,10 +71,9 @@ def preview(
 
 
 @torch.no_grad()
-def measure_scale(clips: Iterable[Tensor], predictor: str, endpoint_context: int, model: nn.Module) -> float:
-    """The deviation of what a predictor that needs no training misses of clips [B,C,T,H,W]."""
+def measure_scale(parts: Iterable[tuple[Tensor, Tensor, Tensor]], predictor: str, model: nn.Module) -> float:
+    """The deviation of what a predictor that needs no training misses, on batches of (start, middle, end)."""
     predict, squares = make_predictor(predictor, 1.0, model), []
-    for clip in clips:
-        start, middle, end = split_clip(clip, endpoint_context)
+    for start, middle, end in parts:
         squares.append(predict(start, end, middle.shape[2]).to_residual(middle).square().mean().item())
     return max(2 / 255, math.sqrt(sum(squares) / len(squares)))  # not below a grey level, where nothing moves

@@ -171,7 +171,6 @@ def add_sampler_flags(
     samplers: Sequence[str],
     spacings: Sequence[str],
     presets: Mapping[str, str],
-    orders: Sequence[str],
     several: bool = False,
 ) -> None:
     """How middle frames are sampled; `presets` maps each to its description.
@@ -194,9 +193,8 @@ def add_sampler_flags(
     scale = "weight of the contexts: 1 = plain conditional (one forward per step), above 1 = guided, 0 = ignored"
     add("--guidance_scale", type=non_negative_float, **grid, help=f"{scale}; None = the preset's{each}")
     interval = "guide between these shares of the noise schedule only, 0 = clean, 1 = noise; None = the preset's"
-    order = "keyframes first, then what is between them, or grow from the start; no pass exceeds the training's clips"
-    help_text = f"fill long gaps in passes, with a model trained on ranges: {order}; None = in one pass"
-    add("--hierarchy", nargs="?", const="keyframes", choices=tuple(orders), help=help_text)
+    passes = "fill long gaps in passes, keyframes first, none longer than the training's clips"
+    add("--hierarchy", action="store_true", help=f"{passes}; for models trained on ranges of --T and --frame_stride")
     add("--guidance_interval", type=probability, nargs=2, metavar=("LO", "HI"), help=interval)
     add("--eta", type=probability, help="0 = deterministic .. 1 = DDPM's noise, ddim only; None = the preset's")
     add("--seed", type=seed_int, default=0, help="seed of the noise, per clip and sample")

@@ -70,6 +70,11 @@ def split_clip(clip: Tensor, endpoint_context: int) -> tuple[Tensor, Tensor, Ten
     return clip[:, :, :k], clip[:, :, k : k + m], clip[:, :, k + m :]
 
 
+def clip_times(num_frames: int, frame_stride: int) -> range:
+    """Source frame numbers of a clip's T frames, from 0 on."""
+    return range(0, num_frames * frame_stride, frame_stride)
+
+
 def add_times(start_context: Tensor, end_context: Tensor, times: Sequence[int]) -> list[Tensor]:
     """Both contexts with a channel more, which tells a network when their frames were taken: [B,C+1,K,H,W].
 
