@@ -23,7 +23,7 @@ def clip_config_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def window_length(args: argparse.Namespace, lengths: Sequence[int]) -> int:
-    """Frames from which the clips of a timed run are cut: as many as the longest clip spans, or the shortest video has."""
+    """Frames from which a timed run cuts its clips: what the longest clip spans, or the shortest video has."""
     (_, longest), (_, stride) = as_pair(args.num_frames), as_pair(args.frame_stride)
     wanted, shortest = (longest - 1) * stride + 1, min(lengths)
     if shortest < wanted:
