@@ -15,7 +15,7 @@ import imageio.v3 as iio
 import numpy as np
 import soak
 import torch
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, moving_square
 from test_bair import record, write
 from test_robot_pushing import can_render
 from torch.distributed.run import get_args_parser as torchrun_parser
@@ -25,7 +25,8 @@ import sample_video_ddpm
 import train_video_ddpm
 from benchmarks import bench_loading, bench_sampling, bench_training, gpu_day
 from models.video_unet3d import VideoUNet3D
-from tools import bair_to_mp4, check_videos, robot_pushing
+from tools import bair_to_mp4, check_videos, export_weights, robot_pushing
+from utils.io import save_mp4
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -35,7 +36,7 @@ TEXT = "\n".join(PAGES.values())
 BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.S)]
 LINES = [line.strip() for block in BLOCKS for line in re.split(r"&&|\n", block)]
 RUNNABLE = (train_video_ddpm, sample_video_ddpm, evaluate_video_ddpm, bench_sampling, bench_training, bench_loading)
-RUNNABLE += (robot_pushing, bair_to_mp4, check_videos)
+RUNNABLE += (robot_pushing, bair_to_mp4, check_videos, export_weights)
 SCRIPTS = {module.__name__.replace(".", "/") + ".py": module.build_parser() for module in RUNNABLE}
 
 
@@ -60,8 +61,9 @@ def lowered(script, arguments, videos):
         "bench_training": ["--configuration", "demo", "--batch_sizes", "1", "--rounds", "1"],
         "bench_loading": ["--clips", "16", "--memory_clips", "80", "--num_workers", "1", "--rounds", "1"],
     }
-    folders = ("/path/to/data_root", "sim_push/train", "sim_push/test", "bair/videos_val")
+    folders = ("/path/to/data_root", "sim_push/train", "sim_push/test", "droid64", "droid64/test", "bair/videos_val")
     arguments = [str(videos) if word in folders else word for word in arguments]
+    arguments = [path for word in arguments for path in (sorted(map(str, ROOT.glob(word))) if "*" in word else [word])]
     return [str(ROOT / script), *arguments, *few.get(Path(script).stem, [])]
 
 
@@ -85,17 +87,20 @@ for call in json.loads(sys.argv[1]):
 
 
 def write_ends(folder):
-    """The images that the pages sample between."""
+    """The images that the pages sample between, and the video in which they fill a gap."""
+    save_mp4(folder / "in.mp4", moving_square(0, frames=24, size=32), fps=10)
     for name in ("start_0", "start_1", "end_0", "end_1"):
         iio.imwrite(folder / f"{name}.png", np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
 
 def test_every_command_of_the_pages_runs_in_order(square_videos, tmp_path):
     write_ends(tmp_path)
+    for shipped in ("weights", "examples"):
+        shutil.copytree(ROOT / shipped, tmp_path / shipped)
     write(tmp_path / "softmotion30_44k/test/traj_0_to_255.tfrecords", record(0))
     found = list(commands())
     counts = Counter(script for script, _ in found)
-    assert set(counts) == set(SCRIPTS) and counts["train_video_ddpm.py"] == 8 and counts["evaluate_video_ddpm.py"] >= 4
+    assert set(counts) == set(SCRIPTS) and counts["train_video_ddpm.py"] == 13 and counts["evaluate_video_ddpm.py"] >= 4
     skipped = set() if can_render() else {"tools/robot_pushing.py"}  # its own test says which packages it needs
     calls = [lowered(script, arguments, square_videos) for script, arguments in found if script not in skipped]
     done = python("-c", RUN_SCRIPTS, json.dumps(calls), cwd=tmp_path)

@@ -1,6 +1,7 @@
 """Exported weights: small, equal in every form, taken wherever a checkpoint is, and refused where it must be whole."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from diffusion.noise import generator_for
 from diffusion.pipeline import MiddleFramePipeline
 from tools.export_weights import main
 from utils.checkpoint import load_checkpoint
+from utils.video_utils import cross_fade, psnr
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +80,18 @@ def test_wrong_use_is_one_line_and_overwrites_nothing(exported, ckpt, tmp_path, 
         error = capsys.readouterr().err
         assert left.value.code == 2 and message in error and len(error.splitlines()) == 1
         assert exported.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["robots", "droid"])
+def test_shipped_weights_beat_the_cross_fade_between_the_examples(name):
+    weights, folder = ROOT / "weights" / f"{name}.pt", ROOT / "examples" / name
+    assert weights.stat().st_size <= 10e6
+    pipe = MiddleFramePipeline.from_checkpoint(weights, "cpu")
+    start, middle, end = (pipe.context(sorted(folder.glob(f"{part}_*.png"))) for part in ("start", "middle", "end"))
+    made = pipe(start, end, generator=[generator_for(0)])
+    assert psnr(made, middle).item() > psnr(cross_fade(start, end, 4), middle).item() + 1
+
+
+def test_shipped_weights_say_nothing_of_the_machine_they_were_trained_on():
+    for weights in (ROOT / "weights").glob("*.pt"):
+        assert not [value for value in load_checkpoint(weights)["args"].values() if "/" in str(value)]
