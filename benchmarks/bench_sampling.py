@@ -67,7 +67,7 @@ class OriginalWay(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model).set_memory_format(channels_last=False)
         self.endpoint_context, self.check_contexts = model.endpoint_context, model.check_contexts
-        self.predictor = model.predictor
+        self.predictor, self.timed, self.image_channels = model.predictor, model.timed, model.image_channels
         self.guided = guided
 
     def encode_contexts(self, start_context: Tensor, end_context: Tensor) -> tuple[Tensor, Tensor]:
