@@ -64,12 +64,7 @@ def build_parser() -> Parser:
     add("--video", type=nonempty_path, metavar="MP4", help=video)
     gap = "frames to make anew, as 12:20 for the eight from number 12 on; may be given several times"
     add("--gap", type=frame_range, action="append", metavar="FIRST:END", help=gap)
-    add(
-        "--insert",
-        type=flags.integer_up_to(255),
-        metavar="N",
-        help="new frames between each pair of neighbours of --video",
-    )
+    add("--insert", type=flags.integer_up_to(255), metavar="N", help="new frames between all neighbours of --video")
     add("--lossless", action="store_true", help="keep every bit of the frames of --video that are not made anew")
     add("--cache_dir", type=nonempty_path, help="folder for the file index and built-in clips; None = as in training")
     flags.add_clip_flags(parser.add_argument_group("clip"))
@@ -279,7 +274,7 @@ def write_video(
     except FFmpegError as error:
         raise ValueError(f"--video {args.video}: {reason_of(error)}") from error
     print(f"{path}: {count} frames")
-    return {"frames": count, "made": made, "made_at": list(size), "nfe": None}
+    return {"frames": count, "made": made, "made_at": list(size)}
 
 
 def score_text(scores: dict[str, float]) -> str:

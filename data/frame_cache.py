@@ -31,7 +31,9 @@ class CachedFrames:
     times, the frame size and the colours. Only its path travels to worker processes; each maps it for itself.
     """
 
-    def __init__(self, videos: Sequence[Video], size: FrameSize, color_mode: str, cache_dir: str | Path, workers=1):
+    def __init__(
+        self, videos: Sequence[Video], size: FrameSize, color_mode: str, cache_dir: str | Path, workers: int = 1
+    ):
         self.frame_shape = (1 if color_mode == "gray" else 3, *as_pair(size))
         identity = [[os.path.realpath(v.path), *stamp(Path(v.path)), v.info.frames] for v in videos]
         identity = json.dumps([CACHE_VERSION, identity, size, color_mode]).encode()

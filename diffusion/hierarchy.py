@@ -17,7 +17,7 @@ def plan_levels(num_middle: int, most: int) -> Levels:
     """The passes that fill a gap, level by level: of each the frames it makes, counted from 0 after the start.
 
     A pass makes at most `most` frames, spread evenly over a part of the gap that is still open, and rests on those of
-    the levels above alone, and on the observed ones.
+    the levels above alone, and on the observed ones. Numbers are rounded; the network takes them as evenly spread.
     """
     levels, gaps = [], [(-1, num_middle)]
     while gaps:

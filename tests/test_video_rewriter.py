@@ -83,21 +83,22 @@ def test_nothing_is_made_from_both_sides_of_a_cut(make):
     assert make.asked == [([1, 1], [2, 3], 1), ([1, 2], [3, 3], 1), ([90, 90], [91, 91], 1)]
 
 
-def add_sound(path, seconds):
-    """The same file with a tone beside it, as AAC."""
+def add_sound(path, seconds, codec="aac"):
+    """The same file, as MOV, with a tone beside it."""
     frames = list(read_frames(path, range(probe_video(path).frames), probe_video(path)))
     info = probe_video(path)
-    with av.open(str(path), "w", format="mp4") as file:
+    with av.open(str(path), "w", format="mov") as file:
         video = file.add_stream("libx264", rate=10)
         video.height, video.width, video.pix_fmt = *frames[0].shape[1:], "yuv420p"
-        sound = file.add_stream("aac", rate=8000)
+        sound = file.add_stream(codec, rate=8000)
         for i, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, 10)
             file.mux(video.encode(frame))
-        tone = (np.sin(np.arange(int(8000 * seconds)) / 5)[None] * 0.5).astype(np.float32)
+        tone = np.sin(np.arange(int(8000 * seconds)) / 5)[None] * 0.5
+        form, tone = ("fltp", tone.astype("f4")) if codec == "aac" else ("s16", (tone * 2**15).astype("i2"))
         for start in range(0, tone.shape[1], 1024):
-            block = av.AudioFrame.from_ndarray(tone[:, start : start + 1024], format="fltp", layout="mono")
+            block = av.AudioFrame.from_ndarray(tone[:, start : start + 1024], format=form, layout="mono")
             block.sample_rate, block.pts = 8000, start
             file.mux(sound.encode(block))
         for part in (video, sound):
@@ -177,6 +178,52 @@ def test_a_rotated_video_comes_out_upright(single, tmp_path):
     after, made = decoded(run(single, source, tmp_path / "out", *words("--gap 3:5 --lossless")))
     assert info.rotation in (90, -90, 270) and before.shape[2:] == (40, 24) and made.rotation == 0
     assert torch.equal(before[[0, 1, 2, 5, 6, 7]], after[[0, 1, 2, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("colours", [(1, 1, 1, 1), (5, 6, 6, 2)])  # BT.709, limited range; BT.601, full range
+def test_colours_and_the_shape_of_pixels_stay(single, tmp_path, colours):
+    source, names = tmp_path / "tagged.mp4", ("colorspace", "color_primaries", "color_trc", "color_range")
+    with av.open(str(source), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 24, 32, "yuv420p"
+        stream.sample_aspect_ratio = Fraction(16, 11)
+        for name, value in zip(names, colours, strict=True):
+            setattr(stream.codec_context, name, value)
+        plane = np.full((36, 32), 128, np.uint8)
+        plane[:24] = 150
+        plane[24:30] = 100  # a colour, so that the matrix matters
+        for _ in range(6):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(plane, format="yuv420p")))
+        file.mux(stream.encode(None))
+    found = []
+    for path in (source, run(single, source, tmp_path / "out", *words("--gap 2:4"))):
+        with av.open(str(path)) as file:
+            stream = file.streams.video[0]
+            tags = tuple(int(getattr(stream.codec_context, name)) for name in names)
+            found.append((tags, stream.sample_aspect_ratio, next(file.decode(stream)).to_ndarray().astype(int)))
+    (tags, shape, planes), (tags_after, shape_after, planes_after) = found
+    assert tags == tags_after == colours and shape == shape_after == Fraction(16, 11)
+    # two conversions that round, and crf 12; another matrix or range would be 8 levels or more off
+    assert np.abs(planes - planes_after).max() <= 3
+
+
+def test_a_damaged_video_is_refused_and_an_unknown_sound_left_out(single, tmp_path, capsys):
+    source = add_sound(write_mp4(tmp_path / "a.mp4", shown(30, 24, 32)), 3)
+    data = source.read_bytes()
+    law = add_sound(write_mp4(tmp_path / "law.mp4", shown(30, 24, 32)), 3, codec="pcm_mulaw")  # not for MP4
+    out = run(single, law, tmp_path / "out", *words("--gap 10:12"))
+    assert "note: sound track 1 is left out" in capsys.readouterr().out
+    with av.open(str(out)) as file:
+        assert len(file.streams) == 1
+    with av.open(str(source)) as file:
+        places = [packet.pos for packet in file.demux(video=0) if packet.size > 50]
+    torn = bytearray(data)
+    torn[places[1] : places[1] + 40] = bytes(40)
+    (tmp_path / "torn.mp4").write_bytes(torn)
+    assert probe_video(tmp_path / "torn.mp4").damage
+    run(single, tmp_path / "torn.mp4", tmp_path / "none", *words("--gap 10:12"), status=2)
+    error = capsys.readouterr().err
+    assert "packets failed" in error and error.count("\n") == 1 and not (tmp_path / "none" / "video.mp4").exists()
 
 
 def test_frames_of_large_or_odd_videos_are_made_smaller_or_as_asked(single, tmp_path, capsys):
