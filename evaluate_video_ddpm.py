@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from evaluation.metrics import METRICS, Scorer, alexnet_path, missing_for
 from evaluation.protocols import MCVD, PROTOCOLS
 from evaluation.report import animations, make_report, write_report
 from evaluation.results import PerClipResults
-from utils import flags
+from utils import distributed, flags
 from utils.device import describe_machine, explain_oom, resolve_device
+from utils.distributed import is_main, print0
 from utils.flags import Parser, nonempty_path, positive_int
 from utils.interpolators import INTERPOLATORS, missing_package
 from utils.io import file_sha256
@@ -88,8 +90,9 @@ def resolve_args(args: argparse.Namespace) -> MiddleFramePipeline | None:
     """
     pipe, published = None, args.protocol == "mcvd"
     if args.ckpt:
+        device = distributed.init_distributed(resolve_device(args.device))
         pipe = MiddleFramePipeline.from_checkpoint(
-            args.ckpt, args.device, use_raw_model=args.use_raw_model, amp=args.amp, compile=args.compile
+            args.ckpt, str(device), use_raw_model=args.use_raw_model, amp=args.amp, compile=args.compile
         )
     elif args.split not in (None, "all") or args.data_root is None:
         raise ValueError("without --ckpt, --data_root must be given and --split be all: no training split it")
@@ -120,7 +123,7 @@ def resolve_args(args: argparse.Namespace) -> MiddleFramePipeline | None:
     return pipe
 
 
-def drop_unavailable(args: argparse.Namespace, log: Callable[[str], None] = print) -> None:
+def drop_unavailable(args: argparse.Namespace, log: Callable[[str], None] = print0) -> None:
     """Leave out metrics and baselines that cannot run here, each with a line that says what would bring it."""
     reasons = {metric: missing_for(metric, min(as_pair(args.size))) for metric in args.metrics}
     if args.fvd_weights is None:
@@ -163,10 +166,10 @@ def choose_videos(args: argparse.Namespace, trained: dict[str, Any] | None, need
             raise ValueError(f"--data_root {args.data_root}: {none}")
     trained_on = trained["args"].get("data_root") if trained else None
     if args.split != "val" and trained_on and os.path.realpath(trained_on) == os.path.realpath(args.data_root):
-        print(f"note: {args.ckpt} was trained on clips of this split", file=sys.stderr)
+        print0(f"note: {args.ckpt} was trained on clips of this split", file=sys.stderr)
     few = len(chosen) < args.num_videos and args.split == "val"
     hint = "; --split all takes a whole folder that training never saw" if few else ""
-    print(f"scoring {len(chosen)} clips, split {args.split} of {args.data_root}{hint}")
+    print0(f"scoring {len(chosen)} clips, split {args.split} of {args.data_root}{hint}")
     return chosen
 
 
@@ -175,13 +178,13 @@ def evaluate(args: argparse.Namespace) -> None:
     pipe = resolve_args(args)
     drop_unavailable(args)
     trained = pipe.trained if pipe else None
-    device = pipe.device if pipe else resolve_device(args.device)
+    device = pipe.device if pipe else distributed.init_distributed(resolve_device(args.device))
     torch.backends.cudnn.deterministic = True  # a second run gives the same bits on a GPU, too
 
     # Clips and methods.
     shape = (args.num_frames, args.frame_stride, args.size, args.color_mode)
     reader = ClipReader(*shape, window=args.window, seed=args.seed)
-    videos = choose_videos(args, trained, reader.needed)
+    videos = distributed.main_process_first(partial(choose_videos, args, trained, reader.needed))
     i3d = I3D(args.fvd_weights, device) if "fvd" in args.metrics else None
     m = args.num_frames - 2 * args.endpoint_context
     times = clip_times(args.num_frames, args.frame_stride)
@@ -205,6 +208,8 @@ def evaluate(args: argparse.Namespace) -> None:
     clips = [reader.identify(video, i) for i, video in enumerate(videos)]
     results = PerClipResults(out_dir, settings, clips, args.overwrite)
     evaluator.score_all(videos, results)
+    if not is_main():
+        return
     scored = [line["source"] for line in results.scored()]
     facts = {
         "weights": {name: str(path) for name, path in weights.items()},
@@ -224,13 +229,19 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 2 wrong input, 130 stopped (the same command goes on)."""
+    """Entry point; returns the exit status.
+
+    0 = done, 1 = lost another process, 2 = wrong input, 130 = stopped (the same command goes on).
+    """
     parser = build_parser()
     try:
-        with explain_oom(OOM_REMEDY):
+        with distributed.watch_peers(), explain_oom(OOM_REMEDY):
             evaluate(parser.parse_args(argv))
+            distributed.cleanup()
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except distributed.PeerLostError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command goes on where it was\n")
     return 0

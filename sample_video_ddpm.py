@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +33,9 @@ from diffusion.pipeline import (
     load_frames,
 )
 from diffusion.sampler import SAMPLERS, SPACINGS
-from utils import flags
-from utils.device import explain_oom
+from utils import distributed, flags
+from utils.device import explain_oom, resolve_device
+from utils.distributed import is_main, print0
 from utils.flags import Parser, nonempty_path, positive_int
 from utils.io import atomic_write, contact_sheet, observed_frames, save_gif, save_json, save_mp4, save_png
 from utils.video_utils import as_pair, clip_times, cross_fade, join_clip, psnr, split_clip, to_float, to_gray, to_uint8
@@ -93,6 +95,13 @@ class Contexts(NamedTuple):
     sources: list[str]
 
 
+class Job(NamedTuple):
+    """Clips that are made in one batch, and which of their samples."""
+
+    sample: int
+    clips: range
+
+
 def resolve_args(args: argparse.Namespace) -> tuple[MiddleFramePipeline, dict[str, Any]]:
     """Load the checkpoint, fill the flags that were not given from it, and check them all.
 
@@ -108,11 +117,14 @@ def resolve_args(args: argparse.Namespace) -> tuple[MiddleFramePipeline, dict[st
     alone = ("start_images", "data_root", "num_frames", "frame_stride")
     if args.video and (any(getattr(args, name) for name in alone) or args.num_samples > 1):
         raise ValueError("--video must be given without images, --data_root, --T, --frame_stride and --num_samples")
+    if args.video and distributed.world_size() > 1:
+        raise ValueError("--video is written by one process: start it without torchrun")
     if args.lossless and not args.video:
         raise ValueError("--lossless needs --video")
     keep_size = args.size is None
+    device = distributed.init_distributed(resolve_device(args.device))
     pipe = MiddleFramePipeline.from_checkpoint(
-        args.ckpt, args.device, use_raw_model=args.use_raw_model, amp=args.amp, compile=args.compile
+        args.ckpt, str(device), use_raw_model=args.use_raw_model, amp=args.amp, compile=args.compile
     )
     (settings,) = pipe.resolve_flags(args)
     k = pipe.endpoint_context
@@ -172,22 +184,19 @@ def refuse_to_overwrite(out_dir: Path, overwrite: bool) -> None:
 
 
 def generate(
-    args: argparse.Namespace, pipe: MiddleFramePipeline, settings: dict[str, Any], contexts: Contexts, sample: int
+    args: argparse.Namespace, pipe: MiddleFramePipeline, settings: dict[str, Any], contexts: Contexts, job: Job
 ) -> Tensor:
-    """The `sample`-th middle of every context, uint8 [B,C,M,H,W] on the CPU."""
-    generators = [generator_for(args.seed, SAMPLE, clip, sample) for clip in range(len(contexts.start))]
-    chunks = [slice(i, i + args.batch_size) for i in range(0, len(generators), args.batch_size)]
-    title, total = f"sample {sample + 1}/{args.num_samples}", settings["steps"] * len(chunks)
-    num_middle, middles = args.num_frames - 2 * args.endpoint_context, []
+    """The middles of a job's clips, uint8 [B,C,M,H,W] on the CPU."""
+    title, steps = f"sample {job.sample + 1}/{args.num_samples}", settings["steps"]
+    num_middle = args.num_frames - 2 * args.endpoint_context
     if args.hierarchy:
-        total *= sum(map(len, pipe.plan(num_middle)))
-    with tqdm(total=total, desc=title, unit="step", disable=None) as bar:
-        for chunk in chunks:
-            draw = {"num_middle": num_middle, "generator": generators[chunk], "callback": lambda **_: bar.update()}
-            times = clip_times(args.num_frames, args.frame_stride)
-            draw |= {"times": times, "hierarchy": args.hierarchy}
-            middles.append(to_uint8(pipe(contexts.start[chunk], contexts.end[chunk], **draw, **settings)).cpu())
-    return torch.cat(middles)
+        steps *= sum(map(len, pipe.plan(num_middle)))
+    with tqdm(total=steps, desc=title, unit="step", disable=None if is_main() else True) as bar:
+        generators = [generator_for(args.seed, SAMPLE, clip, job.sample) for clip in job.clips]
+        draw = {"num_middle": num_middle, "generator": generators, "callback": lambda **_: bar.update()}
+        draw |= {"times": clip_times(args.num_frames, args.frame_stride), "hierarchy": args.hierarchy}
+        ends = (end[job.clips.start : job.clips.stop] for end in (contexts.start, contexts.end))
+        return to_uint8(pipe(*ends, **draw, **settings)).cpu()
 
 
 def save_sample(
@@ -288,7 +297,8 @@ def sample(args: argparse.Namespace) -> None:
     facts = vars(args) | settings | {"device": str(pipe.device), "checkpoint_step": pipe.trained["step"]}
     facts["nfe"] = forwards_per_clip(pipe.schedule.timesteps, settings)
     out_dir = Path(args.out_dir)
-    refuse_to_overwrite(out_dir, args.overwrite)
+    if is_main():
+        refuse_to_overwrite(out_dir, args.overwrite)
     if args.video:
         facts |= write_video(args, pipe, settings, out_dir / "video.mp4")
         save_json(out_dir / "sample.json", facts | {"gap": [f"{gap.start}:{gap.stop}" for gap in args.gap or []]})
@@ -296,32 +306,44 @@ def sample(args: argparse.Namespace) -> None:
     if args.hierarchy:
         levels = pipe.plan(args.num_frames - 2 * args.endpoint_context)
         facts["nfe"] *= sum(map(len, levels))
-        print(describe_plan(levels))
-    contexts = load_contexts(args, pipe.trained)
-    clips, scores = len(contexts.start), []
-    for n in range(args.num_samples):
+        print0(describe_plan(levels))
+    contexts = distributed.main_process_first(partial(load_contexts, args, pipe.trained))
+    count = len(contexts.start)
+    batches = [range(i, min(i + args.batch_size, count)) for i in range(0, count, args.batch_size)]
+
+    def make(job: Job) -> list[tuple[str, dict[str, float] | None]]:
         clock = time.perf_counter()
-        middles = generate(args, pipe, settings, contexts, n)
-        seconds = (time.perf_counter() - clock) / clips
-        for clip in range(clips):
-            alone = clips == args.num_samples == 1
-            folder = out_dir if alone else out_dir / f"clip_{clip:03d}_sample_{n:03d}"
-            about = facts | {"sample": n, "seconds": seconds}
-            scores.append(save_sample(folder, contexts, clip, middles[clip], args.fps, about))
-            print(f"{folder}: {score_text(scores[-1])}" if scores[-1] else folder)
+        middles = generate(args, pipe, settings, contexts, job)
+        about = facts | {"sample": job.sample, "seconds": (time.perf_counter() - clock) / len(job.clips)}
+        made = []
+        for clip, middle in zip(job.clips, middles, strict=True):
+            alone = count == args.num_samples == 1
+            folder = out_dir if alone else out_dir / f"clip_{clip:03d}_sample_{job.sample:03d}"
+            made.append((str(folder), save_sample(folder, contexts, clip, middle, args.fps, about)))
+        return made
+
+    scores = []
+    jobs = [Job(n, clips) for n in range(args.num_samples) for clips in batches]
+    for made in distributed.in_turns(jobs, make):
+        for folder, entry in made:
+            scores.append(entry)
+            print(f"{folder}: {score_text(entry)}" if entry else folder, flush=True)
     if len(scores) > 1 and all(scores):
         mean = {name: sum(entry[name] for entry in scores) / len(scores) for name in scores[0]}
         print(f"mean of {len(scores)}: {score_text(mean)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 2 wrong input."""
+    """Entry point; returns the exit status: 0 done, 1 lost another process, 2 wrong input."""
     parser = build_parser()
     try:
-        with explain_oom(OOM_REMEDY):
+        with distributed.watch_peers(), explain_oom(OOM_REMEDY):
             sample(parser.parse_args(argv))
+            distributed.cleanup()
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except distributed.PeerLostError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped\n")
     return 0

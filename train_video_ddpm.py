@@ -37,10 +37,8 @@ from diffusion.pipeline import PREDICTORS, MiddleFramePipeline, resolve_scale
 from diffusion.residual import Predictor
 from diffusion.schedule import SCHEDULES, DiffusionSchedule
 from models.video_unet3d import build_model, check_size
-from training import distributed
 from training.checkpointer import Checkpointer, load_latest, make_out_dir
 from training.clip_shapes import clip_config_of, cut_clips, is_timed, window_length
-from training.distributed import Silent, StopRequest, print0
 from training.logger import Logger, describe_run
 from training.state import (
     TrainingState,
@@ -54,8 +52,10 @@ from training.state import (
     update_ema,
 )
 from training.validation import measure_scale, preview, validate
-from utils import flags
+from utils import distributed, flags
+from utils.checkpoint import load_checkpoint, load_weights
 from utils.device import autocast, choose_amp_dtype, explain_oom, resolve_device
+from utils.distributed import Silent, StopRequest, print0
 from utils.flags import Parser, integer_up_to, non_negative_float, non_negative_int, positive_int, switch
 from utils.interpolators import missing_package
 from utils.video_utils import as_pair, middle_length
@@ -68,7 +68,10 @@ OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T, or pass --ac
 FIXED_FLAGS = {"num_frames", "size", "frame_stride", "color_mode", "endpoint_context", "seed", "val_ratio"}
 FIXED_FLAGS |= {"base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "timesteps", "beta_schedule"}
 FIXED_FLAGS |= {"noise_offset", "cfg_drop_prob", "temporal_loss_weight"}
-FIXED_FLAGS |= {"predictor", "residual_scale", "predictor_steps", "predictor_width", "optimizer"}
+FIXED_FLAGS |= {"predictor", "residual_scale", "predictor_steps", "predictor_width", "optimizer", "init"}
+
+# Of those, what --init takes from its checkpoint.
+INHERITED_FLAGS = FIXED_FLAGS - {"init", "seed", "val_ratio", "predictor_steps", "optimizer"}
 
 # Predict and refine: what won in docs/results.md, for any size of network and clips.
 REFINE = {"predictor": "learned", "optimizer": "muon", "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995}
@@ -93,6 +96,8 @@ def build_parser() -> Parser:
     add("--resume", action="store_true", help="go on from last.pt in --out_dir; flags given override its arguments")
     values = "values of flags not given: refine = predict and refine; demo = that in five CPU minutes"
     add("--preset", choices=sorted(TRAIN_PRESETS), help=values)
+    weights = "checkpoint to start from, as weights/robots.pt: its network, its kind of clips, its EMA; None = fresh"
+    add("--init", type=flags.nonempty_path, help=weights)
     add("--dry_run", action="store_true", help="two steps, validation, preview and save, in --out_dir/dry_run")
     add("--seed", type=flags.seed_int, default=42, help="seed of split, weights, windows and noise")
     add("--device", type=flags.device_name, default="auto", help="auto = cuda where there is one, then mps, then cpu")
@@ -204,6 +209,9 @@ def resolve_args(
         values |= stored | {"out_dir": str(folder)}  # a run may have been moved
     elif there and not given.get("dry_run"):
         raise ValueError(f"--out_dir {folder} already holds a {there[0].name}; pass --resume or choose another folder")
+    elif given.get("init"):
+        stored = parser.parse_stored(load_checkpoint(given["init"])["args"], given["init"])
+        values |= {name: value for name, value in stored.items() if name in INHERITED_FLAGS}
     args = argparse.Namespace(**(values | given))
 
     # The rules that join several flags.
@@ -305,7 +313,7 @@ def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDat
     span = clip_span(config["num_frames"], config["frame_stride"])
     root = args.data_root or make_synthetic_videos(args.cache_dir, threads)
     split = {"val_ratio": args.val_ratio, "seed": args.seed, "max_videos": args.max_videos}
-    videos = prepare_videos(root, span=span, **split, cache_dir=args.cache_dir, workers=threads, log=print0)
+    videos = prepare_videos(root, span=span, **split, cache_dir=args.cache_dir, workers=threads)
     if args.cache_videos:
         source = CachedFrames(sum(videos, []), args.size, args.color_mode, args.cache_dir, threads)
     else:
@@ -346,6 +354,10 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     schedule = DiffusionSchedule(args.timesteps, args.beta_schedule).to(device)
     if checkpoint:
         restore(state, checkpoint, clips_per_step, epoch_steps, source)
+    elif args.init:
+        weights = load_checkpoint(args.init)["ema"]
+        for network in (state.model, state.ema):
+            load_weights(network, weights, args.init)
     distributed.check_consistency(f"{source or out_dir}: the step", state.step)
     state.plan_steps(args, epoch_steps)
     if state.finished:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from data.synthetic_videos import make_synthetic_videos
 from data.video_reader import DECODE_ERRORS, VideoInfo, probe_video
+from utils.distributed import print0
 from utils.io import atomic_write
 
 SPLIT_FOLDERS = (("videos_train", "videos_val"), ("train", "val"), ("train", "test"))
@@ -179,7 +180,7 @@ def prepare_videos(
     cache_dir: str | Path,
     max_videos: int | None = None,
     workers: int = 1,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = print0,
 ) -> tuple[list[Video], list[Video]]:
     """The files of the training and the validation split with at least `span` frames, `max_videos` in all at most.
 
@@ -237,7 +238,7 @@ def split_as_trained(
 
 
 def usable_videos(
-    data_root: str | Path, span: int, cache_dir: str | Path, limit: int, log: Callable[[str], None] = print
+    data_root: str | Path, span: int, cache_dir: str | Path, limit: int, log: Callable[[str], None] = print0
 ) -> list[Video]:
     """The first `limit` files below a folder, by name, that have `span` frames; a ValueError if there is none."""
     seen: list[Video] = []

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from diffusion.pipeline import MiddleFramePipeline, describe_settings, forwards_
 from evaluation.fvd import I3D
 from evaluation.metrics import Scorer, diversity
 from evaluation.results import PerClipResults
+from utils import distributed
+from utils.distributed import is_main, print0
 from utils.interpolators import load_interpolator
 from utils.io import file_sha256
 from utils.video_utils import FrameSize, join_clip, split_clip, to_float
@@ -104,27 +107,40 @@ class Evaluator:
     device: torch.device
 
     def score_all(self, videos: Sequence[Video], results: PerClipResults) -> None:
-        """Score every clip that `results` does not hold yet, in batches that do not depend on what it holds."""
+        """Score every clip that `results` does not hold yet, in batches that do not depend on what it holds.
+
+        Several processes take a batch each in turn; the first of them, whose `results` count, writes.
+        """
         group = max(1, self.batch_size // max(method.samples for method in self.methods))
         per_clip = sum(method.samples for method in self.methods)
         batches = [range(i, min(i + group, len(videos))) for i in range(0, len(videos), group)]
-        waiting = [batch for batch in batches if not results.has(batch)]
+        waiting = distributed.from_main([batch for batch in batches if not results.has(batch)])
         done = len(videos) - sum(map(len, waiting))
         if done:
-            print(f"{done} of {len(videos)} clips were scored before")
-        with tqdm(total=len(videos) * per_clip, initial=done * per_clip, unit="sample", disable=None) as bar:
-            for batch in waiting:
-                reads = {i: self.reader.read(videos[i], results.clips[i]["first_frame"]) for i in batch}
-                failed = [{"clip": i, "failure": read} for i, read in reads.items() if isinstance(read, str)]
-                for line in failed:
-                    name = printable(videos[line["clip"]].name)
-                    tqdm.write(f"could not read {name} ({line['failure']}); it is left out")
-                clips = {i: read for i, read in reads.items() if torch.is_tensor(read)}
-                lines, features = self.score(clips, bar) if clips else ([], {})
-                results.add([*lines, *failed], features)
-        results.tidy()
+            print0(f"{done} of {len(videos)} clips were scored before")
+        total, hidden = {"total": len(videos) * per_clip, "initial": done * per_clip}, None if is_main() else True
+        with tqdm(**total, unit="sample", disable=hidden) as bar:
+            read_and_score = partial(self.read_and_score, videos, results.clips)
+            for lines, features in distributed.in_turns(waiting, read_and_score):
+                results.add(lines, features)
+                bar.update(per_clip * len(lines))
+        if is_main():
+            results.tidy()
 
-    def score(self, clips: Mapping[int, Tensor], bar: tqdm) -> tuple[list[dict], dict[int, dict]]:
+    def read_and_score(
+        self, videos: Sequence[Video], about: Sequence[Mapping[str, Any]], batch: Sequence[int]
+    ) -> tuple[list[dict], dict[int, dict]]:
+        """What `score` gives of the clips of these numbers, with a line for each that could not be read."""
+        reads = {i: self.reader.read(videos[i], about[i]["first_frame"]) for i in batch}
+        failed = [{"clip": i, "failure": read} for i, read in reads.items() if isinstance(read, str)]
+        for line in failed:
+            name = printable(videos[line["clip"]].name)
+            tqdm.write(f"could not read {name} ({line['failure']}); it is left out")
+        clips = {i: read for i, read in reads.items() if torch.is_tensor(read)}
+        lines, features = self.score(clips) if clips else ([], {})
+        return [*lines, *failed], features
+
+    def score(self, clips: Mapping[int, Tensor]) -> tuple[list[dict], dict[int, dict]]:
         """Lines for per_clip.jsonl, and the FVD features by clip and method, of clips uint8 [C,T,H,W] by number."""
         batch = to_float(torch.stack(list(clips.values()))).to(self.device)
         start, truth, end = split_clip(batch, self.endpoint_context)
@@ -146,7 +162,6 @@ class Evaluator:
                 if self.i3d is not None:
                     whole = join_clip(clip[1], samples, clip[2])
                     features[line["clip"]][method.name] = np.stack([self.i3d(sample[None])[0] for sample in whole])
-                bar.update(len(samples))
         return lines, features
 
     def generate(self, method: Method, start: Tensor, end: Tensor, numbers: Sequence[int]) -> tuple[Tensor, float]:

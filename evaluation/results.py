@@ -10,6 +10,7 @@ import numpy as np
 
 from evaluation.fvd import feature_distance
 from evaluation.metrics import HIGHER_IS_BETTER
+from utils.distributed import is_main
 from utils.io import atomic_write
 
 # Numbers that a single sample of a clip has; of the last, which is best at 1, there is no best sample.
@@ -44,7 +45,8 @@ class PerClipResults:
                     there = f"--out_dir {out_dir} holds an evaluation with {name} = {was} (now {now})"
                     raise ValueError(f"{there}; choose another folder or pass --overwrite")
             self.stored = {line["clip"]: line for line in lines}
-            self.tidy()
+            if is_main():  # others only read
+                self.tidy()
         except OSError as error:
             raise ValueError(f"--out_dir {out_dir}: cannot be used ({error.strerror})") from error
 

@@ -1,5 +1,6 @@
 """Several processes do what one would: the same weights, stops and validation; and none waits for one that is gone."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -16,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 import train_video_ddpm
 from data.frame_cache import CachedFrames
 from data.kinetics_video_dataset import DecodedFrames
-from training import distributed
+from evaluate_video_ddpm import main as evaluate_main
+from sample_video_ddpm import main as sample_main
 from training.checkpointer import Checkpointer
+from utils import distributed
 from utils.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -33,25 +36,47 @@ def uneven_videos(tmp_path_factory):
     return root
 
 
-def one_of_several(rank, count, port, log, weights, act, flags):
-    """The body of one process: as torchrun would start it, with its last weights kept for comparison."""
+def one_of_several(rank, count, port, log, body, arguments):
+    """The body of one process, as torchrun would start it."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
     sys.stdout = sys.stderr = log.open("w", buffering=1)
-    train_step = train_video_ddpm.train_step
-
-    def step_and_act(state, *rest):
-        train_step(state, *rest)
-        torch.save({"model": state.model.state_dict(), "ema": state.ema.state_dict()}, weights)
-        act(rank, state.step)
-
-    train_video_ddpm.train_step = step_and_act
     try:
-        status = train_video_ddpm.main(list(map(str, flags)))
+        status = body(rank, *arguments)
     except SystemExit as stop:
         status = stop.code
     sys.stdout.flush()
     os._exit(status)
+
+
+def on_processes(count, logs, body, *arguments):
+    """body(rank, *arguments) in so many processes at once; returns their exit statuses and what they printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs = [logs.with_suffix(f".{rank}.log") for rank in range(count)]
+    fork = multiprocessing.get_context("fork").Process
+    own = [(rank, count, port, logs[rank], body, arguments) for rank in range(count)]
+    processes = [fork(target=one_of_several, args=arguments) for arguments in own]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+        assert process.exitcode is not None, "a process hangs"
+    return [process.exitcode for process in processes], [log.read_text() for log in logs]
+
+
+def train_and_act(rank, kept, act, flags):
+    """Train, with the last weights kept for comparison."""
+    train_step = train_video_ddpm.train_step
+
+    def step_and_act(state, *rest):
+        train_step(state, *rest)
+        torch.save({"model": state.model.state_dict(), "ema": state.ema.state_dict()}, kept[rank])
+        act(rank, state.step)
+
+    train_video_ddpm.train_step = step_and_act
+    return train_video_ddpm.main(list(map(str, flags)))
 
 
 class Ended(NamedTuple):
@@ -67,24 +92,13 @@ def train_on(uneven_videos, tmp_path):
 
     def train(count, name, flags="", act=lambda rank, step: None, resume=False):
         out_dir = tmp_path / name
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        logs, kept = ([out_dir.with_suffix(f".{rank}.{kind}") for rank in range(count)] for kind in ("log", "pt"))
+        kept = [out_dir.with_suffix(f".{rank}.pt") for rank in range(count)]
         given = ["--out_dir", out_dir, "--cache_dir", tmp_path / "cache"]
         given += ["--resume"] if resume else ["--data_root", uneven_videos, *FLAGS]
-        run = multiprocessing.get_context("fork").Process
-        own = [(rank, count, port, logs[rank], kept[rank], act, [*given, *words(flags)]) for rank in range(count)]
-        processes = [run(target=one_of_several, args=arguments) for arguments in own]
         clock = time.monotonic()
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(100)
-            assert process.exitcode is not None, "a process hangs"
+        statuses, logs = on_processes(count, out_dir, train_and_act, kept, act, [*given, *words(flags)])
         weights = [torch.load(path) if path.is_file() else None for path in kept]
-        statuses = [process.exitcode for process in processes]
-        return Ended(statuses, [log.read_text() for log in logs], weights, time.monotonic() - clock)
+        return Ended(statuses, logs, weights, time.monotonic() - clock)
 
     return train
 
@@ -160,7 +174,7 @@ def test_a_process_that_is_killed_ends_the_other_with_a_clear_line(train_on, tmp
     run, other = train_on(2, "run", "--save_every 1 --max_steps 400", act=die), 1 - killed
     assert run.statuses[killed] == -signal.SIGKILL and run.statuses[other] == 1 and run.seconds < 60
     end = run.logs[other].strip().splitlines()[-1]
-    assert f"process {other} of 2 ends, as another one is gone" in end and "--resume goes on from" in end
+    assert f"process {other} of 2 ends, as another one is gone" in end and "with --resume, goes on from" in end
     assert "Traceback" not in run.logs[other]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] in (4, 5)
 
@@ -261,3 +275,38 @@ def test_gradients_are_exchanged_once_per_step(train_on, tmp_path, monkeypatch, 
     run = train_on(2, "run", f"--batch_size 1 --max_steps 3 --grad_accum {accumulated}", act=report)
     assert run.statuses == [0, 0], run.logs
     assert {(tmp_path / f"counts.{rank}").read_text() for rank in range(2)} == {"3"}  # one bucket holds this network
+
+
+def bytes_below(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_processes_sample_the_files_of_one(ckpt, square_videos, tmp_path):
+    given = ["--ckpt", ckpt, "--data_root", square_videos, "--cache_dir", tmp_path / "cache"]
+    given += words("--num_clips 1 --num_samples 3 --steps 2 --batch_size 1")
+    printed = {}
+    for count in (1, 2):
+        flags = [str(word) for word in [*given, "--out_dir", tmp_path / str(count)]]
+        statuses, logs = on_processes(count, tmp_path / f"n{count}", lambda rank, flags: sample_main(flags), flags)
+        assert statuses == [0] * count
+        printed[count] = [line.replace(str(tmp_path / str(count)), "") for line in logs[0].splitlines()]
+    assert printed[1] == printed[2] and len(printed[1]) == 5  # files, three samples and their mean
+    one, two = (bytes_below(tmp_path / str(count)) for count in (1, 2))
+    records = [path for path in one if path.name == "sample.json"]  # with out_dir and seconds
+    assert len(records) == 3 and one.keys() == two.keys()
+    assert all(one[path] == two[path] for path in one.keys() - set(records))
+
+
+def test_two_processes_evaluate_to_the_lines_of_one(ckpt, square_videos, tmp_path):
+    given = ["--ckpt", ckpt, "--data_root", square_videos, "--cache_dir", tmp_path / "cache", "--split", "all"]
+    given += words("--steps 2 --batch_size 2 --num_videos 7 --num_samples 2 --baselines cross_fade --metrics psnr")
+    lines = {}
+    for count in (1, 2):
+        flags = [str(word) for word in [*given, "--out_dir", tmp_path / str(count)]]
+        statuses, logs = on_processes(count, tmp_path / f"n{count}", lambda rank, flags: evaluate_main(flags), flags)
+        assert statuses == [0] * count and (count == 1 or "scoring" not in logs[1])
+        lines[count] = list(map(json.loads, (tmp_path / str(count) / "per_clip.jsonl").read_text().splitlines()))
+        for line in lines[count]:
+            for entry in line.get("methods", {}).values():
+                assert entry.pop("seconds") > 0
+    assert lines[1] == lines[2] and len(lines[1]) == 8  # the settings, and seven clips

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.distributed import print0
+from utils.distributed import print0
 from utils.video_utils import add_times, as_pair, clip_times, split_clip
 
 

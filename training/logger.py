@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.distributed import print0
 from training.state import TrainingState
 from utils import io
 from utils.device import describe_machine
+from utils.distributed import print0
 from utils.video_utils import to_uint8
 
 

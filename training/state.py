@@ -17,10 +17,10 @@ from diffusion.noise import INIT, generator_for
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
 from training.clip_shapes import clip_config_of, is_timed
-from training.distributed import is_main, print0, wrap_ddp
 from training.optimizer import Muon
 from utils.checkpoint import load_weights
 from utils.device import autocast
+from utils.distributed import is_main, print0, wrap_ddp
 
 UNSAVED_FLAGS = ("resume", "dry_run", "preset")  # what a command does, as against what a run is
 MAX_BAD_IN_ROW = 20  # an fp16 loss scale starts too high by a few halvings; this many mean that the run is lost

@@ -12,9 +12,9 @@ from diffusion.noise import PREVIEW, generator_for
 from diffusion.pipeline import MiddleFramePipeline, make_predictor
 from diffusion.residual import Predictor
 from diffusion.schedule import DiffusionSchedule
-from training import distributed
 from training.clip_shapes import cut_clips
 from training.state import TrainingState
+from utils import distributed
 from utils.video_utils import cross_fade, join_clip, psnr, split_clip
 
 

@@ -9,10 +9,10 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -67,10 +67,10 @@ def rank_slice(count: int) -> range:
     return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
-def print0(*values: Any) -> None:
+def print0(*values: Any, file: TextIO | None = None) -> None:
     """Print on rank 0 alone what all processes would print alike."""
     if is_main():
-        print(*values, flush=True)
+        print(*values, file=file, flush=True)
 
 
 def launch_command(script: str, *words: str) -> str:
@@ -130,7 +130,7 @@ def watch_peers() -> Iterator[None]:
             raise
         raise PeerLostError(
             f"process {rank()} of {world_size()} ends, as another one is gone or cannot be reached; the same torchrun "
-            f"command with --resume goes on from the last save, if there is one (torch says: {words[:200]})"
+            f"command, of training with --resume, goes on from what was saved, if anything (torch says: {words[:200]})"
         ) from error
 
 
@@ -240,6 +240,22 @@ def all_reduce_max(*values: int) -> list[int]:
     if world_size() > 1:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return numbers.tolist()
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, in every process."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def in_turns(jobs: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
+    """Share jobs out, a turn of one for each process after the other; yields each one's result, in order, on rank 0."""
+    for i in range(0, len(jobs), world_size()):
+        turn = jobs[i : i + world_size()]
+        results = gather(work(turn[rank()]) if rank() < len(turn) else None)
+        yield from results[: len(turn)]
 
 
 def gather(value: Any) -> list[Any]:
