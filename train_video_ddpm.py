@@ -51,9 +51,10 @@ from training.state import (
     to_checkpoint,
     update_ema,
 )
+from training.trackers import TRACKERS, open_tracker
 from training.validation import measure_scale, preview, validate
 from utils import distributed, flags
-from utils.checkpoint import load_checkpoint, load_weights
+from utils.checkpoint import load_checkpoint
 from utils.device import autocast, choose_amp_dtype, explain_oom, resolve_device
 from utils.distributed import Silent, StopRequest, print0
 from utils.flags import Parser, integer_up_to, non_negative_float, non_negative_int, positive_int, switch
@@ -64,23 +65,20 @@ PREVIEW_CLIPS = 8
 SCALE_CLIPS = 64  # training clips to measure a residual scale on, at most
 OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T, or pass --activation_checkpointing"
 
-# What a checkpoint was trained as: network, clips, diffusion, and the split. On --resume these may not be changed.
-FIXED_FLAGS = {"num_frames", "size", "frame_stride", "color_mode", "endpoint_context", "seed", "val_ratio"}
-FIXED_FLAGS |= {"base_channels", "channel_mults", "res_blocks", "temporal_attn_levels", "timesteps", "beta_schedule"}
-FIXED_FLAGS |= {"noise_offset", "cfg_drop_prob", "temporal_loss_weight"}
-FIXED_FLAGS |= {"predictor", "residual_scale", "predictor_steps", "predictor_width", "optimizer", "init"}
-
-# Of those, what --init takes from its checkpoint.
-INHERITED_FLAGS = FIXED_FLAGS - {"init", "seed", "val_ratio", "predictor_steps", "optimizer"}
+# What a checkpoint was trained as: network, clips and diffusion, which --init takes over.
+INHERITED_FLAGS = {"num_frames", "size", "frame_stride", "color_mode", "endpoint_context", "base_channels"}
+INHERITED_FLAGS |= {"channel_mults", "res_blocks", "temporal_attn_levels", "timesteps", "beta_schedule", "noise_offset"}
+INHERITED_FLAGS |= {"cfg_drop_prob", "temporal_loss_weight", "predictor", "residual_scale", "predictor_width"}
+# What --resume may not change.
+FIXED_FLAGS = INHERITED_FLAGS | {"init", "seed", "val_ratio", "predictor_steps", "optimizer"}
 
 # Predict and refine: what won in docs/results.md, for any size of network and clips.
 REFINE = {"predictor": "learned", "optimizer": "muon", "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995}
 REFINE |= {"vis_steps": 3, "vis_guidance_scale": 1.0}
 # The same in five minutes on two CPU cores: small frames, a small network.
-DEMO = REFINE | {"out_dir": "outputs/demo", "size": 32, "num_workers": 0, "cache_videos": True}
-DEMO |= {"base_channels": 24, "channel_mults": [1, 2], "res_blocks": 1, "temporal_attn_levels": [1]}
-DEMO |= {"batch_size": 8, "lr": 2e-3, "warmup_steps": 50, "epochs": 45, "predictor_steps": 1000, "ema_decay": 0.99}
-DEMO |= {"vis_every": 9, "log_every": 50}
+DEMO = REFINE | {"out_dir": "outputs/demo", "size": 32, "num_workers": 0, "cache_videos": True, "lr": 2e-3}
+DEMO |= {"base_channels": 24, "channel_mults": [1, 2], "res_blocks": 1, "temporal_attn_levels": [1], "warmup_steps": 50}
+DEMO |= {"epochs": 45, "predictor_steps": 1000, "ema_decay": 0.99, "vis_every": 9, "log_every": 50}
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {"demo": DEMO, "refine": REFINE}
 
 
@@ -96,8 +94,7 @@ def build_parser() -> Parser:
     add("--resume", action="store_true", help="go on from last.pt in --out_dir; flags given override its arguments")
     values = "values of flags not given: refine = predict and refine; demo = that in five CPU minutes"
     add("--preset", choices=sorted(TRAIN_PRESETS), help=values)
-    weights = "checkpoint to start from, as weights/robots.pt: its network, its kind of clips, its EMA; None = fresh"
-    add("--init", type=flags.nonempty_path, help=weights)
+    add("--init", type=flags.nonempty_path, help="checkpoint to start from: its network, clips, EMA; None = fresh")
     add("--dry_run", action="store_true", help="two steps, validation, preview and save, in --out_dir/dry_run")
     add("--seed", type=flags.seed_int, default=42, help="seed of split, weights, windows and noise")
     add("--device", type=flags.device_name, default="auto", help="auto = cuda where there is one, then mps, then cpu")
@@ -167,9 +164,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("validation and previews").add_argument
     add("--vis_every", type=non_negative_int, default=1, help="epochs between previews; 0 = none")
-    add(
-        "--vis_guidance_scale", type=non_negative_float, default=1.5, help="guidance of previews; 1 = plain conditional"
-    )
+    add("--vis_guidance_scale", type=non_negative_float, default=1.5, help="guidance of previews; 1 = conditional")
     add("--vis_steps", type=positive_int, default=40, help="sampler steps of a preview")
     add("--dynamic_threshold", **switch(False), help="previews scale clean predictions by a percentile, not clip them")
 
@@ -177,8 +172,8 @@ def build_parser() -> Parser:
     add("--log_every", type=positive_int, default=20, help="steps between lines of metrics.jsonl")
     add("--save_every", type=non_negative_int, default=0, help="steps between saves of last.pt; 0 = once an epoch")
     add("--save_minutes", type=non_negative_float, default=0.0, help="minutes between saves of last.pt; 0 = none")
-    add("--tensorboard", **switch(False), help="write TensorBoard events")
-    add("--log_dir", help="folder of TensorBoard events; None = tensorboard below --out_dir")
+    add("--logger", choices=TRACKERS, help="package that also gets numbers and previews; None = files alone")
+    add("--tensorboard", **switch(False), help="the same as --logger tensorboard")
     return parser
 
 
@@ -350,14 +345,10 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     epoch_steps = steps_per_epoch(len(train_clips), clips_per_step)
 
     # Make network, optimiser and schedules, and go on where the checkpoint stands.
-    state = init_state(args, device, amp_dtype)
+    state = init_state(args, device, amp_dtype, None if checkpoint else args.init)
     schedule = DiffusionSchedule(args.timesteps, args.beta_schedule).to(device)
     if checkpoint:
         restore(state, checkpoint, clips_per_step, epoch_steps, source)
-    elif args.init:
-        weights = load_checkpoint(args.init)["ema"]
-        for network in (state.model, state.ema):
-            load_weights(network, weights, args.init)
     distributed.check_consistency(f"{source or out_dir}: the step", state.step)
     state.plan_steps(args, epoch_steps)
     if state.finished:
@@ -395,8 +386,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     # Log and save on rank 0.
     logger, checkpointer = Silent(), Silent()
     if distributed.is_main():
-        log_dir = Path(args.log_dir or out_dir / "tensorboard") if args.tensorboard else None
-        logger = Logger(out_dir, state, device, log_dir)
+        logger = Logger(out_dir, state, device, open_tracker(args, out_dir, state.step))
         contents = partial(to_checkpoint, state, args, epoch_steps)
         probe = partial(probe_loss, state, schedule, args.temporal_loss_weight, amp_dtype)
         last_is_whole = source is not None and source.name == "last.pt"

