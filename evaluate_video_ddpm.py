@@ -23,7 +23,7 @@ from diffusion.sampler import SAMPLERS, SPACINGS
 from evaluation.evaluator import ClipReader, Evaluator, baseline_method, pipeline_method
 from evaluation.fvd import I3D, I3D_URL, MIN_FRAMES
 from evaluation.metrics import METRICS, Scorer, alexnet_path, missing_for
-from evaluation.protocols import MCVD, PROTOCOLS
+from evaluation.protocols import PROTOCOLS
 from evaluation.report import animations, make_report, write_report
 from evaluation.results import PerClipResults
 from utils import distributed, flags
@@ -65,12 +65,12 @@ def build_parser() -> Parser:
     add("--split", choices=("val", "train", "all"), help=f"{split}; None = val, or all without --ckpt")
     add("--num_videos", type=positive_int, default=256, help="score the first so many by name, or all there are")
     window = "frames used of a file: central, random (by --seed and clip) or the number of the first"
-    add("--window", type=window_place, help=f"{window}; None = central, or random under the protocol mcvd")
+    add("--window", type=window_place, help=f"{window}; None = the protocol's: central, but random of mcvd")
     add("--cache_dir", type=nonempty_path, help="folder for the file index; None = as in training")
     flags.add_clip_flags(parser.add_argument_group("clip"))
 
     add = parser.add_argument_group("scores").add_argument
-    add("--protocol", choices=PROTOCOLS, default="native", help="native, or mcvd: the published one, 9 frames")
+    add("--protocol", choices=PROTOCOLS, default="native", help="native, or published: mcvd, vidim (9 frames)")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="what to measure")
     every = list(INTERPOLATORS)
     add("--baselines", nargs="*", choices=every, default=every, help="methods beside ours; may be none")
@@ -88,7 +88,7 @@ def resolve_args(args: argparse.Namespace) -> MiddleFramePipeline | None:
 
     Raises: ValueError: naming the flag, the rule and the value.
     """
-    pipe, published = None, args.protocol == "mcvd"
+    pipe, protocol = None, PROTOCOLS[args.protocol]
     if args.ckpt:
         device = distributed.init_distributed(resolve_device(args.device))
         pipe = MiddleFramePipeline.from_checkpoint(
@@ -96,17 +96,18 @@ def resolve_args(args: argparse.Namespace) -> MiddleFramePipeline | None:
         )
     elif args.split not in (None, "all") or args.data_root is None:
         raise ValueError("without --ckpt, --data_root must be given and --split be all: no training split it")
-    if published:
-        if pipe and pipe.endpoint_context != MCVD["endpoint_context"]:
-            raise ValueError(f"--protocol mcvd needs a model of --endpoint_context 2, which {args.ckpt} is not")
-        for name, flag in (("num_frames", "T"), ("endpoint_context", "endpoint_context")):
-            if getattr(args, name) not in (None, MCVD[name]):
-                raise ValueError(f"--{flag} must be {MCVD[name]} under --protocol mcvd (got {getattr(args, name)})")
-            setattr(args, name, MCVD[name])
+    for name, flag in (("endpoint_context", "endpoint_context"), ("num_frames", "T")) if protocol.settings else ():
+        value = protocol.settings[name]
+        if name == "endpoint_context" and pipe and pipe.endpoint_context != value:
+            rule = f"--protocol {args.protocol} needs a model of --endpoint_context {value}"
+            raise ValueError(f"{rule}, which {args.ckpt} is not")
+        if getattr(args, name) not in (None, value):
+            raise ValueError(f"--{flag} must be {value} under --protocol {args.protocol} (got {getattr(args, name)})")
+        setattr(args, name, value)
     defaults = WITHOUT_CHECKPOINT | {
         "split": "val" if pipe else "all",
-        "window": "random" if published else "central",
-        "num_samples": 10 if published else 1,
+        "window": protocol.window,
+        "num_samples": protocol.num_samples[0],
     }
     args.sampling = []
     if pipe:
@@ -183,7 +184,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # Clips and methods.
     shape = (args.num_frames, args.frame_stride, args.size, args.color_mode)
-    reader = ClipReader(*shape, window=args.window, seed=args.seed)
+    protocol = PROTOCOLS[args.protocol]
+    reader = ClipReader(*shape, args.window, args.seed, protocol.linear_light)
     videos = distributed.main_process_first(partial(choose_videos, args, trained, reader.needed))
     i3d = I3D(args.fvd_weights, device) if "fvd" in args.metrics else None
     m = args.num_frames - 2 * args.endpoint_context
@@ -191,7 +193,7 @@ def evaluate(args: argparse.Namespace) -> None:
     gap = {"num_middle": m, "times": times, "hierarchy": args.hierarchy}
     methods = [pipeline_method(pipe, settings, gap, args.num_samples, args.seed) for settings in args.sampling]
     methods += [baseline_method(name, device, m) for name in args.baselines]
-    scorer = Scorer(args.metrics, args.protocol == "mcvd", device)
+    scorer = Scorer(args.metrics, protocol, device)
     evaluator = Evaluator(reader, methods, scorer, i3d, args.batch_size, args.endpoint_context, device)
 
     # Everything that changes a score, so that results of other settings are never mixed.

@@ -27,6 +27,7 @@ from diffusion.noise import SAMPLE, generator_for
 from diffusion.pipeline import SAMPLER_PRESETS, MiddleFramePipeline, describe_settings, forwards_per_clip
 from evaluation.evaluator import ClipReader
 from evaluation.metrics import HIGHER_IS_BETTER, Scorer, missing_for
+from evaluation.protocols import PROTOCOLS
 from evaluation.results import estimate
 from models.video_unet3d import VideoUNet3D
 from utils.flags import Parser, non_negative_int, nonempty_path, positive_int
@@ -117,7 +118,7 @@ def sample(way: Way, clips: Tensor, first: int = 0) -> Tensor:
 def compare_quality(reference: Way, ours: Way, clips: Tensor) -> dict[str, Any]:
     """Means of every score, and the difference paired over clips with its 95 % bootstrap interval."""
     metrics = [name for name in METRICS if not missing_for(name, clips.shape[-1])]
-    scorer = Scorer(metrics, published=False, device=clips.device)
+    scorer = Scorer(metrics, PROTOCOLS["native"], clips.device)
     lines: tuple[list, list] = ([], [])  # of both ways, a dict of scores per clip
     for first in range(0, len(clips), 8):
         batch = clips[first : first + 8]

@@ -31,14 +31,16 @@ class FrameSource(Protocol):
 
 @dataclass
 class DecodedFrames:
-    """Frames decoded on demand, resized and, for gray, reduced to luma."""
+    """Frames decoded on demand, resized (if asked for, in linear light) and, for gray, reduced to luma."""
 
     size: FrameSize
     color_mode: str
+    linear_light: bool = False
 
     def read(self, video: Video, wanted: Sequence[int]) -> Tensor:
         """See FrameSource."""
-        frames = (resize_and_crop(frame, self.size) for frame in read_frames(video.path, wanted, video.info))
+        decoded = read_frames(video.path, wanted, video.info)
+        frames = (resize_and_crop(frame, self.size, self.linear_light) for frame in decoded)
         return torch.stack([to_gray(f) if self.color_mode == "gray" else f for f in frames], dim=1)
 
 

@@ -35,6 +35,7 @@ class ClipReader(NamedTuple):
     color_mode: str
     window: str | int
     seed: int
+    linear_light: bool = False
 
     @property
     def needed(self) -> int:
@@ -54,7 +55,7 @@ class ClipReader(NamedTuple):
         """One clip as uint8 [C,T,H,W], or why it cannot be read."""
         wanted = range(first, first + self.num_frames * self.frame_stride, self.frame_stride)
         try:
-            return DecodedFrames(self.size, self.color_mode).read(video, wanted)
+            return DecodedFrames(self.size, self.color_mode, self.linear_light).read(video, wanted)
         except DECODE_ERRORS as error:
             return reason_of(error)
 

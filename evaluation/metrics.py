@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
+from evaluation.protocols import Protocol
 from utils.io import file_sha256
 from utils.video_utils import PSNR_CEILING, as_double, frame_psnr, join_clip, to_float, to_gray, to_uint8
 
 METRICS = ("psnr", "ssim", "lpips", "temporal", "static", "sharpness", "diversity", "fvd")
-HIGHER_IS_BETTER = {"psnr", "psnr_clip", "ssim"}
+HIGHER_IS_BETTER = {"psnr", "psnr_clip", "psnr_middle", "ssim", "ssim_middle"}
 SSIM_WINDOW = 11  # pixels: a Gaussian of deviation 1.5 cut at 3.5 deviations, as scikit-image's
 STILL_LEVELS = 4  # of 255: true values that differ by less in all of a clip show noise of the video, no motion
 LPIPS_SIZE = 128  # pixels, as MCVD's code; AlexNet needs more than small frames have
@@ -121,11 +122,11 @@ def lpips(network: nn.Module, frames: Tensor, truth: Tensor) -> Tensor:
 
 
 class Scorer:
-    """Scores clips by those of METRICS asked for; if `published`, with unrounded PSNR and SSIM on luma."""
+    """Scores clips by those of METRICS asked for, as a protocol has them."""
 
-    def __init__(self, metrics: Sequence[str], published: bool, device: torch.device):
+    def __init__(self, metrics: Sequence[str], protocol: Protocol, device: torch.device):
         self.metrics = set(metrics)
-        self.published = published
+        self.protocol = protocol
         if "lpips" in self.metrics:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -135,15 +136,19 @@ class Scorer:
     def __call__(self, middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> list[dict]:
         """Per clip: psnr, psnr_clip, psnr_frames (a list), ssim, lpips, temporal_l1, static_l1, sharpness.
 
-        Frames are [B,C,.,H,W] in [-1, 1].
+        Frames are [B,C,.,H,W] in [-1, 1]. Where the protocol has it, psnr_middle and ssim_middle: of frame M // 2.
         """
         columns: dict[str, Tensor] = {}
+        halfway, luma = middle.shape[2] // 2, self.protocol.like_mcvd
         if "psnr" in self.metrics:
             frames = frame_psnr(middle, truth)
-            seen = middle.clamp(-1, 1) if self.published else to_float(to_uint8(middle))
+            seen = middle.clamp(-1, 1) if self.protocol.like_mcvd else to_float(to_uint8(middle))
             columns |= {"psnr": frames.mean(1), "psnr_clip": clip_psnr(seen, truth), "psnr_frames": frames}
+            columns |= {"psnr_middle": frames[:, halfway]} if self.protocol.middle_frame else {}
         if "ssim" in self.metrics:
-            columns["ssim"] = ssim(middle, truth, gray=self.published)
+            columns["ssim"] = ssim(middle, truth, luma)
+            if self.protocol.middle_frame:
+                columns["ssim_middle"] = ssim(*(clip[:, :, halfway, None] for clip in (middle, truth)), luma)
         if "lpips" in self.metrics:
             columns["lpips"] = lpips(self.lpips_network, middle, truth)
         if "temporal" in self.metrics:

@@ -15,7 +15,7 @@ import torch
 from data.video_index import Video
 from evaluation.evaluator import Evaluator
 from evaluation.metrics import HIGHER_IS_BETTER
-from evaluation.protocols import PUBLISHED, differences_from_mcvd, rules
+from evaluation.protocols import PROTOCOLS, differences, rules
 from evaluation.results import SCORES, PerClipResults, Row, error_by_position, summarise
 from utils.io import atomic_write, bordered, observed_frames, save_json, save_training_curves
 from utils.video_utils import as_pair, cross_fade, join_clip, split_clip, to_float, to_uint8
@@ -27,7 +27,9 @@ ANIMATION_FPS = 6
 COLUMNS = {  # score -> (title, decimals)
     "psnr": ("PSNR, dB", 2),
     "psnr_clip": ("PSNR (clip), dB", 2),
+    "psnr_middle": ("PSNR (middle), dB", 2),
     "ssim": ("SSIM", 4),
+    "ssim_middle": ("SSIM (middle)", 4),
     "lpips": ("LPIPS", 4),
     "temporal_l1": ("temporal error", 5),
     "static_l1": ("static error", 5),
@@ -68,17 +70,17 @@ def make_report(
     scores = {name for row in rows for name in row.scores}
     if any("psnr" in row.versus_first for row in rows):
         scores.add("versus_first")
-    published = protocol == "mcvd"
+    way = PROTOCOLS[protocol]
     return {
         "title": f"{len(lines)} clips of {shown}, protocol {protocol}",
         "rows": rows,
         "protocol": protocol,
-        "differences": differences_from_mcvd(settings, len(lines)) if published else [],
+        "differences": differences(way, settings, len(lines)) if way.rows else [],
         "failures": failures,
         "frames": list(range(k, t - k)),  # those that are generated
         "positions": {name: error_by_position(lines, name) for name in names} if "psnr" in scores else {},
-        "rules": [*rules(protocol, scores), *weights],
-        "published": PUBLISHED if published else [],
+        "rules": [*rules(way, scores), *weights],
+        "published": way.rows,
     }
 
 
@@ -103,7 +105,13 @@ def as_markdown(report: Report) -> str:
     """The table with all that belongs to it."""
     text = [report["title"], "", markdown(table_cells(report["rows"])), "", *(f"- {rule}" for rule in report["rules"])]
     if report["differences"]:
-        text += ["", markdown(published_cells()), "", "What still differs from the published rows:", ""]
+        text += [
+            "",
+            markdown(published_cells(report["published"])),
+            "",
+            "What still differs from the published rows:",
+            "",
+        ]
         text += [f"- {line}" for line in report["differences"]]
     if report["failures"]:
         text += ["", f"Left out, unreadable: {', '.join(report['failures'])}"]
@@ -116,7 +124,7 @@ def as_page(report: Report, pictures: str, plot: str | None, history: dict | Non
     if report["failures"]:
         sections["Left out, unreadable"] = bullet_list(report["failures"])
     if report["differences"]:
-        sections["Published"] = html_table(published_cells()) + bullet_list(report["differences"])
+        sections["Published"] = html_table(published_cells(report["published"])) + bullet_list(report["differences"])
     sections["Clips"] = pictures
     if plot:
         sections["Quality against work"] = plot
@@ -166,10 +174,9 @@ def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     return cells
 
 
-def published_cells() -> list[list[str]]:
+def published_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The published rows as text, their titles first."""
-    titles = ["published, BAIR", "frames", "best of", "PSNR (clip), dB", "SSIM"]
-    return [titles, *([f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()] for row in PUBLISHED)]
+    return [list(rows[0]), *([f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:

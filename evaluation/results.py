@@ -14,7 +14,8 @@ from utils.distributed import is_main
 from utils.io import atomic_write
 
 # Numbers that a single sample of a clip has; of the last, which is best at 1, there is no best sample.
-SCORES = ("psnr", "psnr_clip", "ssim", "lpips", "temporal_l1", "static_l1", "sharpness")
+SCORES = ("psnr", "psnr_clip", "psnr_middle", "ssim", "ssim_middle", "lpips")
+SCORES += ("temporal_l1", "static_l1", "sharpness")
 RESAMPLES = 2000  # of the bootstrap; the ends of an interval then vary by a few percent of its width
 CONFIDENCE = 0.95
 

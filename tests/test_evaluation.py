@@ -17,6 +17,7 @@ from data.video_index import usable_videos
 from evaluate_video_ddpm import main
 from evaluation import report
 from evaluation.metrics import Scorer
+from evaluation.protocols import PROTOCOLS
 from evaluation.results import CONFIDENCE, PerClipResults, estimate, read_lines, summarise
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.io import save_mp4
@@ -199,13 +200,28 @@ def test_the_published_protocol_sets_what_it_can_and_says_what_differs(evaluate,
     found = evaluate("--protocol", "mcvd", "--num_videos", 3, "--metrics", "psnr", "ssim")
     settings = found["settings"]
     assert (settings["num_frames"], settings["num_samples"], settings["window"]) == (9, 10, "random")
-    assert {row["best_of"] for row in found["published"] if row["method"] == "MCVD"} == {10, 100}
+    assert {row["best of"] for row in found["published"] if row["published, BAIR"] == "MCVD"} == {10, 100}
     said = " / ".join(found["differences"])
-    parts = ("size is 16, not 64", "3 clips, not the 256", "trained on clips of 8 frames", "raw frames")
+    parts = ("size is 16, not 64", "3 clips, not 256", "trained on clips of 8 frames", "raw frames")
     assert [part for part in (*parts, "entered from notes") if part not in said] == []
     assert "25.162" in capsys.readouterr().out
     evaluate("--protocol", "mcvd", "--T", 10, status=2, out="other")
     assert "--T must be 9 under --protocol mcvd (got 10)" in capsys.readouterr().err
+
+
+def test_nine_frames_are_scored_whole_and_in_their_middle_beside_the_published_rows(evaluate, square_videos, capsys):
+    flags = ("--protocol", "vidim", "--data_root", square_videos, "--num_videos", 3, "--metrics", "psnr", "ssim")
+    found = evaluate(*flags, checkpoint=None)
+    settings = found["settings"]
+    assert (settings["num_frames"], settings["endpoint_context"], settings["window"]) == (9, 1, "central")
+    assert found["frames"] == list(range(1, 8))
+    for row in found["rows"]:
+        assert row["scores"]["psnr_middle"]["mean"] == pytest.approx(found["positions"][row["method"]][3])
+        assert {"ssim", "ssim_middle"} <= set(row["scores"])
+    assert [row["FVD"] for row in found["published"]] == [116.4, 194.6]
+    assert "3 clips, not 357 or 400" in found["differences"]
+    evaluate("--protocol", "vidim", out="other", status=2)
+    assert "--protocol vidim needs a model of --endpoint_context 1" in capsys.readouterr().err
 
 
 def test_random_windows_are_recorded_and_follow_the_seed(evaluate, tmp_path):
@@ -298,8 +314,8 @@ def test_baselines_of_robot_clips_are_those_of_another_implementation(evaluate, 
         pytest.skip("needs the robot clips and their baselines.json in ../shared/data/sim_push")
     wanted = json.loads((folder / "baselines.json").read_text())
     flags = f"--data_root {folder}/train --num_videos 64 --window 8 --metrics psnr ssim temporal".split()
-    for published, ssim in ((False, "ssim_rgb"), (True, "ssim_gray")):
-        scorer = lambda metrics, _, device, published=published: Scorer(metrics, published, device)  # noqa: E731
+    for protocol, ssim in (("native", "ssim_rgb"), ("mcvd", "ssim_gray")):
+        scorer = lambda metrics, _, device, way=PROTOCOLS[protocol]: Scorer(metrics, way, device)  # noqa: E731
         monkeypatch.setattr(evaluate_video_ddpm, "Scorer", scorer)
         for row in evaluate(*flags, checkpoint=None, out=ssim)["rows"]:
             scores = {score: value["mean"] for score, value in row["scores"].items()}

@@ -9,6 +9,7 @@ from diffusion.noise import generator_for
 from evaluation import metrics
 from evaluation.fvd import I3D, feature_distance, frechet_distance
 from evaluation.metrics import Scorer, clip_psnr, diversity, missing_for, sharpness, ssim, static_error, temporal_error
+from evaluation.protocols import PROTOCOLS
 from utils.interpolators import INTERPOLATORS, load_interpolator, missing_package, nearest, warp
 from utils.io import file_sha256
 from utils.video_utils import cross_fade, frame_psnr, split_clip, to_float, to_gray, to_uint8
@@ -55,7 +56,9 @@ def test_psnr_and_ssim_agree_with_scikit_image(channels, gray):
 def test_protocols_differ_where_they_say_they_do():
     generated, truth = pair()
     start = end = truth[:, :, :2]
-    native, published = (Scorer(["psnr", "ssim"], p, CPU)(generated, truth, start, end)[0] for p in (False, True))
+    native, published = (
+        Scorer(["psnr", "ssim"], PROTOCOLS[name], CPU)(generated, truth, start, end)[0] for name in ("native", "mcvd")
+    )
     assert native["psnr"] == published["psnr"]
     rounded = to_float(to_uint8(generated))
     assert native["psnr_clip"] == clip_psnr(rounded, truth)[0].item() != published["psnr_clip"]
@@ -69,7 +72,9 @@ def test_protocols_differ_where_they_say_they_do():
 
 def test_identical_frames_score_perfectly():
     _, truth = pair()
-    scores = Scorer(["psnr", "ssim", "temporal"], False, CPU)(truth, truth, truth[:, :, :1], truth[:, :, -1:])[0]
+    scores = Scorer(["psnr", "ssim", "temporal"], PROTOCOLS["native"], CPU)(
+        truth, truth, truth[:, :, :1], truth[:, :, -1:]
+    )[0]
     assert scores["psnr"] == scores["psnr_clip"] == 100 and scores["temporal_l1"] == 0
     assert scores["ssim"] == pytest.approx(1, abs=1e-12)
 
@@ -189,7 +194,7 @@ def test_lpips_agrees_with_the_original_implementation(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "ALEXNET_SHA256", file_sha256(backbone)[:8])
     assert missing_for("lpips", 64) is None
     generated, truth = pair(size=128)
-    ours = Scorer(["lpips"], False, CPU)(generated, truth, truth, truth)
+    ours = Scorer(["lpips"], PROTOCOLS["native"], CPU)(generated, truth, truth, truth)
     original = lpips.LPIPS(net="alex", version="0.1", verbose=False)
     for i in range(2):
         frames = [to_float(to_uint8(clip[i])).transpose(0, 1) for clip in (generated, truth)]
@@ -197,7 +202,7 @@ def test_lpips_agrees_with_the_original_implementation(tmp_path, monkeypatch):
             expected = original(*frames).mean().item()
         assert ours[i]["lpips"] == pytest.approx(expected, rel=1e-4)
     small, truth = pair(channels=1, size=16)  # resized and repeated
-    assert 0 < Scorer(["lpips"], False, CPU)(small, truth, truth, truth)[0]["lpips"] < 10
+    assert 0 < Scorer(["lpips"], PROTOCOLS["native"], CPU)(small, truth, truth, truth)[0]["lpips"] < 10
 
 
 def test_the_nearest_frame_is_repeated_and_a_tie_goes_to_the_start():

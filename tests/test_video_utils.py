@@ -16,6 +16,16 @@ def test_eight_bits_survive_the_trip_through_floats_exactly():
     assert to_uint8(torch.tensor([-1.5, 0.0, 1.5])).tolist() == [0, 128, 255]
 
 
+def test_resizing_in_linear_light_averages_intensities_and_not_their_codes():
+    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255  # half black, half white
+    board = board.to(torch.uint8).expand(3, 64, 64)
+    assert resize_and_crop(board, 16).float().mean() == pytest.approx(127.5, abs=1)
+    # half the light of white is the code 188 by sRGB's curve
+    assert (resize_and_crop(board, 16, linear_light=True)[:, 2:-2, 2:-2].float() - 188).abs().max() <= 1
+    flat = torch.full((3, 20, 30), 77, dtype=torch.uint8)
+    assert (resize_and_crop(flat, 10, linear_light=True) == 77).all()
+
+
 @pytest.mark.parametrize(("t", "k"), [(8, 2), (3, 1), (7, 3), (12, 1)])
 def test_splitting_and_joining_lose_nothing_and_need_a_middle(t, k):
     clip = torch.randn(2, 3, t, 4, 4)

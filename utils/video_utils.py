@@ -39,10 +39,11 @@ def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def resize_and_crop(frames: Tensor, size: FrameSize) -> Tensor:
+def resize_and_crop(frames: Tensor, size: FrameSize, linear_light: bool = False) -> Tensor:
     """Resize with antialiasing until `size` is just covered, then crop the centre: uint8 [...,C,H,W] to that size.
 
-    Frames that already have it come back as they are, bit for bit.
+    With `linear_light`, intensities of light are averaged and not 8-bit values, which follow sRGB's curve (IEC
+    61966-2-1). Frames that already have the size come back as they are, bit for bit.
     """
     h, w = frames.shape[-2:]
     height, width = as_pair(size)
@@ -53,7 +54,15 @@ def resize_and_crop(frames: Tensor, size: FrameSize) -> Tensor:
         h, w = min(h, longest[0]), min(w, longest[1])
         frames = transforms.center_crop(frames, [h, w])
     covering = [height, w * height // h] if w * height >= width * h else [h * width // w, width]
-    return transforms.center_crop(transforms.resize(frames, covering, antialias=True), [height, width])
+    if linear_light:
+        encoded = frames.float() / 255
+        light = torch.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+        light = transforms.resize(light, covering, antialias=True).clamp(0, 1)
+        encoded = torch.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+        frames = (encoded * 255).round().to(torch.uint8)
+    else:
+        frames = transforms.resize(frames, covering, antialias=True)
+    return transforms.center_crop(frames, [height, width])
 
 
 def middle_length(num_frames: int, endpoint_context: int) -> int:
