@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 
 # Refused before decoding: a decoder may keep 16 frames for reference, and loading runs in several processes. This is a
@@ -163,9 +163,9 @@ def read_frames(path: str | Path, wanted: Sequence[int], info: VideoInfo) -> Ite
     raise ValueError(f"ended after {number + 1} frames, {info.frames} were expected")
 
 
-def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Tensor:
-    """One decoded frame of any pixel format as RGB, uint8 [3,H,W], turned upright."""
-    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # [H,W,3]
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter, scaling: Interpolation | None = None) -> Tensor:
+    """One decoded frame of any pixel format as RGB, uint8 [3,H,W], turned upright; `scaling`: flags of FFmpeg"""
+    pixels = reformatter.reformat(frame, format="rgb24", interpolation=scaling, threads=1).to_ndarray()  # [H,W,3]
     if frame.rotation:
         pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
     # The colours stay interleaved in memory: torch resizes that in a quarter of the time, to the same pixels.

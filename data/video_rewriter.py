@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import av
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from torch import Tensor
 
 from data.video_reader import VideoFile, VideoInfo, to_rgb
 
 CUT_LEVELS = 40  # of 255, mean over pixels and colours; neighbours of one scene are rarely beyond 20
+# FFmpeg's fast conversion to RGB, which clips are read with, loses one of 255 levels of brightness; this one gives luma
+# back to the bit when it is converted again.
+LUMA_KEPT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 GAP_LEVELS = 60  # between the ends of a gap, where a scene has moved on
 
 
@@ -160,7 +163,7 @@ def rewrite_video(
 
         def frames() -> Iterator[Frame]:
             for number, frame in enumerate(video.decode(copy={i: mux for i, mux in copy.items() if mux})):
-                pixels = to_rgb(frame, reformatter)
+                pixels = to_rgb(frame, reformatter, None if lossless else LUMA_KEPT)
                 if pixels.shape[1:] != (height, width):
                     raise ValueError(f"frame {number} has another size than the first")
                 yield Frame(pixels, frame.pts if info.timestamps else number)
