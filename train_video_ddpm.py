@@ -32,9 +32,8 @@ from data.kinetics_video_dataset import (
 from data.synthetic_videos import make_synthetic_videos
 from data.video_index import clip_span, prepare_videos
 from diffusion.loss import drop_contexts, sample_training_noise
-from diffusion.noise import SHAPE, TRAIN, generator_for
+from diffusion.noise import SHAPE, TRAIN, NoiseConfig, generator_for
 from diffusion.pipeline import PREDICTORS, MiddleFramePipeline, resolve_scale
-from diffusion.residual import Predictor
 from diffusion.schedule import SCHEDULES, DiffusionSchedule
 from models.video_unet3d import build_model, check_size
 from training.checkpointer import Checkpointer, load_latest, make_out_dir
@@ -68,13 +67,13 @@ OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T, or pass --ac
 # What a checkpoint was trained as: network, clips and diffusion, which --init takes over.
 INHERITED_FLAGS = {"num_frames", "size", "frame_stride", "color_mode", "endpoint_context", "base_channels"}
 INHERITED_FLAGS |= {"channel_mults", "res_blocks", "temporal_attn_levels", "timesteps", "beta_schedule", "noise_offset"}
-INHERITED_FLAGS |= {"cfg_drop_prob", "temporal_loss_weight", "predictor", "residual_scale", "predictor_width"}
-# What --resume may not change.
-FIXED_FLAGS = INHERITED_FLAGS | {"init", "seed", "val_ratio", "predictor_steps", "optimizer"}
+INHERITED_FLAGS |= {"noise_correlation", "cfg_drop_prob", "temporal_loss_weight", "predictor", "predictor_width"}
+INHERITED_FLAGS |= {"residual_scale"}
+FIXED_FLAGS = INHERITED_FLAGS | {"init", "seed", "val_ratio", "predictor_steps", "optimizer"}  # on --resume
 
 # Predict and refine: what won in docs/results.md, for any size of network and clips.
 REFINE = {"predictor": "learned", "optimizer": "muon", "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995}
-REFINE |= {"vis_steps": 3, "vis_guidance_scale": 1.0}
+REFINE |= {"noise_correlation": 0.5, "vis_steps": 3, "vis_guidance_scale": 1.0}
 # The same in five minutes on two CPU cores: small frames, a small network.
 DEMO = REFINE | {"out_dir": "outputs/demo", "size": 32, "num_workers": 0, "cache_videos": True, "lr": 2e-3}
 DEMO |= {"base_channels": 24, "channel_mults": [1, 2], "res_blocks": 1, "temporal_attn_levels": [1], "warmup_steps": 50}
@@ -134,6 +133,7 @@ def build_parser() -> Parser:
     offset = "deviation of a constant added to the noise per clip and channel; 0 = none"
     up_to_100 = flags.ranged(float, "a number in [0, 100]", lambda value: 0 <= value <= 100)
     add("--noise_offset", type=up_to_100, default=0.0, help=offset)
+    add("--noise_correlation", type=flags.decay, default=0.0, help="of noise in neighbouring pixels; 0 = white noise")
 
     add = parser.add_argument_group("predict and refine").add_argument
     guess = "what guesses the middle, so that diffusion refines the guess; flow and rife need optional packages"
@@ -236,8 +236,7 @@ def resolve_args(
 
 def train_step(
     state: TrainingState,
-    schedule: DiffusionSchedule,
-    predict: Predictor,
+    pipe: MiddleFramePipeline,  # its prediction is what the network refines, in its schedule and noise
     batches: Iterator[Tensor],
     args: argparse.Namespace,
     amp_dtype: torch.dtype | None,
@@ -259,8 +258,8 @@ def train_step(
         start, middle, end = inputs = cut_clips(next(batches), args, shape)
         if not state.predicting:
             with autocast(device, amp_dtype):
-                residual = predict(start, end, middle.shape[2]).to_residual(middle)
-            drawn = (generator, args.cfg_drop_prob, args.noise_offset, part)
+                residual = pipe.predict(start, end, middle.shape[2]).to_residual(middle)
+            drawn = (generator, args.cfg_drop_prob, pipe.noise, part)
             noise = sample_training_noise(middle, args.timesteps, *drawn)
             start, end = drop_contexts(start, end, noise.dropped)  # for the network: the prediction keeps them
             inputs = (start, residual, end, noise.t, noise.eps)
@@ -268,7 +267,7 @@ def train_step(
         is_last = number == args.grad_accum
         with contextlib.nullcontext() if is_last else distributed.no_sync(state.ddp_model):
             with autocast(device, amp_dtype):
-                losses = loss_per_clip(state, state.ddp_model, schedule, inputs, args.temporal_loss_weight)
+                losses = loss_per_clip(state, state.ddp_model, pipe.schedule, inputs, args.temporal_loss_weight)
             loss = losses.mean() / args.grad_accum
             state.scaler.scale(loss).backward()
         total_loss += loss.detach()
@@ -381,7 +380,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
         parts = (cut_clips(clip, args, generator_for(args.seed, SHAPE, i)) for i, clip in enumerate(clips))
         state.residual_scale = measure_scale(parts, args.predictor, state.ema)
     refining = {"predictor": args.predictor, "residual_scale": state.residual_scale}
-    pipe = MiddleFramePipeline(state.ema, schedule, clip_config_of(args), args.noise_offset, amp_dtype, **refining)
+    noise = NoiseConfig(args.noise_offset, args.noise_correlation)
+    pipe = MiddleFramePipeline(state.ema, schedule, clip_config_of(args), noise, amp_dtype, **refining)
 
     # Log and save on rank 0.
     logger, checkpointer = Silent(), Silent()
@@ -396,7 +396,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     stop, stopped_by, saved = StopRequest(), 0, source
     try:
         while not (state.finished or stopped_by):
-            train_step(state, schedule, pipe.predict, batches, args, amp_dtype)
+            train_step(state, pipe, batches, args, amp_dtype)
             if state.step == state.predictor_steps:
                 state.begin_refining(args, device)
             logger.count_step(clips_per_step)
@@ -415,7 +415,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
                 epoch = math.ceil(state.data_step / epoch_steps)
                 with autocast(device, amp_dtype):
                     held_out = failures.clips(val_loader, device)
-                    val_loss = validate(state, schedule, pipe.predict, held_out, len(val_clips), args)
+                    val_loss = validate(state, pipe, held_out, len(val_clips), args)
                 entry = {"step": state.step, "epoch": epoch, "train_loss": state.metrics.take_mean("epoch")}
                 entry |= {"val_loss": val_loss, **state.metrics.bad_steps()}
                 if args.dry_run or (args.vis_every and (epoch % args.vis_every == 0 or state.finished)):

@@ -144,7 +144,7 @@ def benchmark(args: argparse.Namespace) -> None:
     """From flags to tables."""
     pipe = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device)
     clips = to_float(load_clips(args, pipe, max(*args.batch_sizes, args.quality_clips))).to(pipe.device)
-    rest = {"predictor": pipe.predictor, "residual_scale": pipe.residual_scale, "noise_offset": pipe.noise_offset}
+    rest = {"predictor": pipe.predictor, "residual_scale": pipe.residual_scale, "noise": pipe.noise}
     rest |= {"schedule": pipe.schedule, "clip_config": pipe.clip_config}  # and no autocast
     original, unguided = (MiddleFramePipeline(OriginalWay(pipe.model, guided), **rest) for guided in (True, False))
     default = SAMPLER_PRESETS[pipe.default_preset or "fast"]

@@ -33,9 +33,10 @@ import train_video_ddpm
 from benchmarks import measure
 from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise
 from diffusion.noise import TRAIN, generator_for
-from diffusion.pipeline import make_predictor
+from diffusion.pipeline import MiddleFramePipeline
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import build_model
+from training.clip_shapes import clip_config_of
 from training.state import TrainingState, init_state, make_lr_schedule, model_config_of
 from utils.device import autocast, choose_amp_dtype, resolve_device
 from utils.flags import Parser, positive_int
@@ -89,8 +90,8 @@ def our_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[
     batches = (to_float(batch.to(device, non_blocking=True)) for batch in repeat(clips))
     if args.compile:
         state.model.compile(dynamic=False)
-    predict = make_predictor("none", 1.0, state.ema)
-    return lambda: train_video_ddpm.train_step(state, schedule, predict, batches, args, amp_dtype), state
+    pipe = MiddleFramePipeline(state.ema, schedule, clip_config_of(args))
+    return lambda: train_video_ddpm.train_step(state, pipe, batches, args, amp_dtype), state
 
 
 def original_step(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion.noise import VALIDATION, generator_for, sample_noise
+from diffusion.noise import VALIDATION, WHITE, NoiseConfig, correlated, generator_for, sample_noise
 from diffusion.schedule import DiffusionSchedule
 
 SQUARED_WEIGHT = 2.0  # of the squared error beside the absolute one, which alone gives 0.3 dB less on built-in clips
@@ -37,7 +37,7 @@ def sample_training_noise(
     timesteps: int,
     generator: torch.Generator,
     cfg_drop_prob: float = 0.0,
-    noise_offset: float = 0.0,  # standard deviation of a constant added to eps per clip and channel; 0 = none
+    config: NoiseConfig = WHITE,
     part: tuple[int, int] = (0, 1),  # which part of the draw is that of `middle`, and how many parts there are
 ) -> TrainingNoise:
     """Draw a training step's indices, noise and dropped clips on the generator's device, and move them to `middle`'s.
@@ -48,10 +48,10 @@ def sample_training_noise(
     b, c = middle.shape[0] * parts, middle.shape[1]
     where = {"generator": generator, "device": generator.device}
     t = torch.randint(timesteps, (b,), **where)
-    eps = torch.randn(b, *middle.shape[1:], **where)
+    eps = correlated(torch.randn(b, *middle.shape[1:], **where), config.correlation)
     dropped = torch.rand(b, **where) < cfg_drop_prob
-    if noise_offset:
-        eps += noise_offset * torch.randn(b, c, 1, 1, 1, **where)
+    if config.offset:
+        eps += config.offset * torch.randn(b, c, 1, 1, 1, **where)
     mine = slice(number * len(middle), (number + 1) * len(middle))
     return TrainingNoise(*(drawn[mine].to(middle.device) for drawn in (t, eps, dropped)))
 
@@ -112,7 +112,7 @@ def validation_sum(
     clips: int,  # of the whole split; few of them are seen at several t each
     seed: int,
     temporal_loss_weight: float = 0.0,
-    noise_offset: float = 0.0,
+    noise: NoiseConfig = WHITE,
     first: int = 0,  # number in the split of the first clip of `parts`
 ) -> tuple[float, int]:
     """Sum of the losses of (clip, t) pairs, and their number, at fixed, evenly spread t and fixed noise per clip.
@@ -126,7 +126,7 @@ def validation_sum(
             strata = [draw * clips + first + seen + n for n in range(len(middle))]  # out of `pairs`
             t = torch.tensor([int((n + 0.5) / pairs * schedule.timesteps) for n in strata], device=middle.device)
             generators = [generator_for(seed, VALIDATION, n) for n in strata]
-            eps = sample_noise(middle.shape[1:], generators, middle.device, noise_offset)
+            eps = sample_noise(middle.shape[1:], generators, middle.device, noise)
             terms = diffusion_loss(model, schedule, start, middle, end, t, eps, temporal_loss_weight)
             total += terms.total.sum().item()
         seen += len(middle)

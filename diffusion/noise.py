@@ -1,13 +1,48 @@
-"""Randomness keyed by purpose, as (seed, SAMPLE, clip, sample): resuming, batching and workers change no draw."""
+"""Randomness keyed by purpose, as (seed, SAMPLE, clip, sample): resuming, batching and workers change no draw.
+
+And what noise is like: white, or with what neighbours have in common.
+"""
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Purposes under which one user seed is split, so that no two of them ever share a stream.
 INIT, TRAIN, VALIDATION, PREVIEW, SAMPLE, SHAPE = range(6)
+
+
+class NoiseConfig(NamedTuple):
+    """What noise is like; the default is white. Each value has the variance 1, beside the constant of `offset`."""
+
+    offset: float = 0.0  # standard deviation of a constant added per clip and channel; 0 = none
+    correlation: float = (
+        0.0  # of neighbours in time, height and width (its n-th power n apart), and of colours; below 1
+    )
+
+
+WHITE = NoiseConfig()
+
+
+@lru_cache(maxsize=64)
+def correlation_factor(size: int, correlation: float, fading: bool) -> Tensor:
+    """A matrix [size,size] that turns white noise into noise of that correlation: its square root, float32.
+
+    `fading` with the distance, or the same between any two.
+    """
+    distance = (torch.arange(size)[:, None] - torch.arange(size)).abs().clamp(max=size if fading else 1)
+    return torch.linalg.cholesky(torch.tensor(correlation, dtype=torch.float64) ** distance).float()
+
+
+def correlated(eps: Tensor, correlation: float) -> Tensor:
+    """White noise [...,C,M,H,W] with what neighbours have in common, see NoiseConfig; 0 = as it is."""
+    for axis in range(-4, 0) if correlation else ():
+        factor = correlation_factor(eps.shape[axis], correlation, axis > -4).to(eps.device)
+        eps = torch.tensordot(eps, factor, dims=([axis], [1])).movedim(-1, axis)
+    return eps.contiguous()
 
 
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -34,16 +69,17 @@ def generators_per_clip(
 
 
 def sample_noise(
-    shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device | str, noise_offset: float = 0.0
+    shape: Sequence[int],
+    generators: Sequence[torch.Generator],
+    device: torch.device | str,
+    config: NoiseConfig = WHITE,
 ) -> Tensor:
-    """Gaussian noise [B,C,M,H,W] float32 on `device`, each clip's, of shape (C,M,H,W), from its own generator.
-
-    noise_offset is the standard deviation of a constant added per clip and channel; 0 = none.
-    """
+    """Gaussian noise [B,C,M,H,W] float32 on `device`, each clip's, of shape (C,M,H,W), from its own generator."""
     clips = []
     for generator in generators:
         eps = torch.randn(tuple(shape), generator=generator, device=generator.device)
-        if noise_offset:
-            eps += noise_offset * torch.randn(shape[0], 1, 1, 1, generator=generator, device=generator.device)
+        eps = correlated(eps, config.correlation)
+        if config.offset:
+            eps += config.offset * torch.randn(shape[0], 1, 1, 1, generator=generator, device=generator.device)
         clips.append(eps)
     return torch.stack(clips).to(device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion.hierarchy import Levels, fill_gap, plan_levels
-from diffusion.noise import generators_per_clip
+from diffusion.noise import WHITE, NoiseConfig, generators_per_clip
 from diffusion.residual import Prediction, Predictor
 from diffusion.sampler import check_sampler, is_guided, sample_middle, visited_timesteps
 from diffusion.schedule import DiffusionSchedule
@@ -47,7 +47,7 @@ class MiddleFramePipeline:
     model: VideoUNet3D  # in eval mode, on its device
     schedule: DiffusionSchedule  # that it was trained with
     clip_config: Mapping[str, Any]  # num_frames, size, frame_stride and color_mode of training
-    noise_offset: float = 0.0  # of training
+    noise: NoiseConfig = WHITE  # of training
     amp_dtype: torch.dtype | None = None  # of autocast; None = float32
     trained: Mapping[str, Any] = field(default_factory=dict)  # the rest of a checkpoint: step, args, history, configs
     predictor: str = "none"  # of PREDICTORS: what guesses the middle, which the model then refines
@@ -96,7 +96,8 @@ class MiddleFramePipeline:
             raise ValueError(f"{path}: its diffusion_config and its model_config disagree about the predictor")
         trained = {name: value for name, value in checkpoint.items() if name not in LEFT_OUT}
         how = {"amp_dtype": amp_dtype, "trained": trained, "predictor": predictor, "residual_scale": scale}
-        return cls(model, schedule, checkpoint["clip_config"], config["noise_offset"], **how)
+        noise = NoiseConfig(config["noise_offset"], config.get("noise_correlation") or 0.0)
+        return cls(model, schedule, checkpoint["clip_config"], noise, **how)
 
     @property
     def endpoint_context(self) -> int:
@@ -215,7 +216,7 @@ class MiddleFramePipeline:
             return fill_gap(one_pass, *contexts, levels)
         if self.model.timed:
             contexts = add_times(*contexts, times)
-        draw = {"noise_offset": self.noise_offset, "generator": generator, "callback": callback}
+        draw = {"noise": self.noise, "generator": generator, "callback": callback}
         with autocast(self.device, self.amp_dtype):
             if self.predictor != "none":  # what is predicted from must fit, as what is sampled from
                 self.model.check_contexts(*contexts)

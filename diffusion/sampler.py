@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusion.noise import generators_per_clip, sample_noise
+from diffusion.noise import WHITE, NoiseConfig, generators_per_clip, sample_noise
 from diffusion.schedule import DiffusionSchedule
 
 THRESHOLD_QUANTILE = 0.995  # of |x0|, as in the reference design; Imagen only says a high percentile
@@ -152,7 +152,7 @@ def sample_middle(
     clip_x0: bool = True,  # clamp every clean prediction to x0_range and re-derive eps from it
     x0_range: tuple[Tensor | float, Tensor | float] = (-1.0, 1.0),  # lowest and highest x0, numbers or [B,C,M,H,W]
     dynamic_threshold: bool = False,  # scale by a percentile instead of clamping; replaces clip_x0
-    noise_offset: float = 0.0,  # as in training
+    noise: NoiseConfig = WHITE,  # as in training
     generator: torch.Generator | Sequence[torch.Generator] | None = None,  # one, or one per clip; None = torch's global
     callback: Callable[..., None] | None = None,  # called at every step with i, t, x_t, v (guided), x0_hat (clipped)
 ) -> Tensor:
@@ -176,10 +176,11 @@ def sample_middle(
     b, c, _, h, w = start_context.shape
     device = start_context.device
     draw_eps = partial(sample_noise, (channels or c, num_middle, h, w), generators_per_clip(generator, b), device)
+    draw_more_eps = partial(draw_eps, noise._replace(offset=0.0))
     denoise = guided_denoiser(model, start_context, end_context, guidance_scale, guided)
 
     # Denoise step by step.
-    x_t = draw_eps(noise_offset=noise_offset)  # [B,C,M,H,W]
+    x_t = draw_eps(noise)  # [B,C,M,H,W]
     x0_before = None
     for i, t_now in enumerate(visited):
         t = torch.full((b,), t_now, device=device)
@@ -194,6 +195,6 @@ def sample_middle(
         second_order = sampler == "dpmpp_2m" and 0 < i < steps - 1
         x0_used = extrapolated_x0(x0_hat, x0_before, levels[i - 1 : i + 2]) if second_order else x0_hat
         eps_hat = schedule.eps_from_x0(x_t, x0_used, t)
-        x_t = ddim_step(x0_used, eps_hat, levels[i], levels[i + 1], eta, draw_eps)
+        x_t = ddim_step(x0_used, eps_hat, levels[i], levels[i + 1], eta, draw_more_eps)
         x0_before = x0_hat
     return x_t

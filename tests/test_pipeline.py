@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion.noise import SAMPLE, generator_for
+from diffusion.noise import SAMPLE, NoiseConfig, generator_for
 from diffusion.pipeline import SAMPLER_PRESETS, MiddleFramePipeline
 from diffusion.sampler import sample_middle
 from sample_video_ddpm import build_parser, main
@@ -91,8 +91,8 @@ def test_any_setting_follows_the_reference_preset_and_none_the_fast_one(pipe):
     for given in ({"steps": 3}, {"steps": 3, "spacing": "quadratic"}, {"steps": 4, "guidance_scale": 1.0}):
         assert same(given, reference | given) and not same(given, fast | given)
         assert same({"preset": "fast"} | given, fast | given)
-    pipe = MiddleFramePipeline(pipe.model, pipe.schedule, pipe.clip_config, noise_offset=0.5)
-    assert same({}, fast | {"noise_offset": 0.5}, pipe) and not same({}, fast, pipe)  # that of training
+    pipe = MiddleFramePipeline(pipe.model, pipe.schedule, pipe.clip_config, NoiseConfig(offset=0.5))
+    assert same({}, fast | {"noise": NoiseConfig(offset=0.5)}, pipe) and not same({}, fast, pipe)  # that of training
 
 
 def test_images_fit_another_size_than_in_training(pipe, images):

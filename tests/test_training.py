@@ -25,10 +25,11 @@ import train_video_ddpm
 import utils.io
 from data.kinetics_video_dataset import ReadFailures
 from data.video_reader import probe_video
-from diffusion.pipeline import make_predictor
+from diffusion.pipeline import MiddleFramePipeline
 from diffusion.schedule import DiffusionSchedule
 from train_video_ddpm import TRAIN_PRESETS, build_parser, main, resolve_args, train_step
 from training import checkpointer
+from training.clip_shapes import clip_config_of
 from training.state import get_lr, init_state, make_lr_schedule
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.io import save_training_curves
@@ -170,8 +171,8 @@ def test_no_step_waits_for_a_number():
     state = init_state(args, torch.device("cpu"), None)
     state.plan_steps(args, epoch_steps=4)
     clips = itertools.repeat((torch.zeros(2, 3, 8, 16, 16, dtype=torch.uint8), [], 2))  # as collated
-    predict = make_predictor("none", 1.0, state.ema)
-    of_step = (DiffusionSchedule(), predict, ReadFailures().clips(clips, torch.device("cpu")), args, None)
+    pipe = MiddleFramePipeline(state.ema, DiffusionSchedule(), clip_config_of(args))
+    of_step = (pipe, ReadFailures().clips(clips, torch.device("cpu")), args, None)
     train_step(state, *of_step)
     with Watch():
         train_step(state, *of_step)
@@ -223,7 +224,7 @@ def test_flags_that_contradict_the_checkpoint_are_refused_with_both_values(train
     changes |= {"endpoint_context": (1, 2), "base_channels": (24, 12), "channel_mults": (1, "[1, 2]")}
     changes |= {"res_blocks": (2, 1), "temporal_attn_levels": (0, "[1]"), "timesteps": (500, 1000)}
     changes |= {"beta_schedule": ("linear", "cosine"), "noise_offset": (0.1, 0.0), "cfg_drop_prob": (0.5, 0.08)}
-    changes |= {"temporal_loss_weight": (0.5, 0.05), "val_ratio": (0.5, 0.01)}
+    changes |= {"temporal_loss_weight": (0.5, 0.05), "val_ratio": (0.5, 0.01), "noise_correlation": (0.5, 0.0)}
     for flag, (value, stored) in changes.items():
         capsys.readouterr()
         run(out, f"--resume --max_steps 2 --{flag} {value}", status=2)
@@ -492,7 +493,7 @@ def test_the_checkpoint_holds_what_the_design_lists(learned):
     checkpoint = last(learned)
     assert checkpoint["clip_config"] == {"num_frames": 8, "size": 16, "frame_stride": 1, "color_mode": "rgb"}
     assert checkpoint["diffusion_config"] == {
-        **{"timesteps": 1000, "schedule": "cosine", "noise_offset": 0.0},
+        **{"timesteps": 1000, "schedule": "cosine", "noise_offset": 0.0, "noise_correlation": 0.0},
         **{"predictor": "none", "residual_scale": 1.0},
     }
     assert checkpoint["model_config"]["endpoint_context"] == 2
@@ -664,6 +665,7 @@ def test_defaults_are_those_of_the_original_design():
     design += " --channel_mults 1 2 4 --res_blocks 2 --temporal_attn_levels 1 2 --temporal_loss_weight 0.05 --seed 42"
     design += " --num_workers 4 --log_every 20 --max_steps 0 --grad_clip 1 --vis_every 1 --vis_guidance_scale 1.5 --amp"
     design += " --vis_steps 40 --noise_offset 0 --no-dynamic_threshold --no-tensorboard --no-cache_videos"
+    design += " --noise_correlation 0"
     defaults = vars(build_parser().defaults())
     given = build_parser().parse_given(words(design)) | {"max_videos": None, "resume": False}
     assert {name: defaults[name] for name in given} == given

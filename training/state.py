@@ -238,6 +238,7 @@ def to_checkpoint(state: TrainingState, args: argparse.Namespace, epoch_steps: i
     """What `restore` and sampling read: training goes on exactly, and sampling needs no flag."""
     epoch, step_in_epoch = divmod(state.data_step, epoch_steps)
     diffusion = {"timesteps": args.timesteps, "schedule": args.beta_schedule, "noise_offset": args.noise_offset}
+    diffusion |= {"noise_correlation": args.noise_correlation}
     diffusion |= {"predictor": args.predictor, "residual_scale": state.residual_scale}
     modules = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer, "scaler": state.scaler}
     return {

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from diffusion.loss import predictor_loss, validation_sum
 from diffusion.noise import PREVIEW, generator_for
 from diffusion.pipeline import MiddleFramePipeline, make_predictor
-from diffusion.residual import Predictor
-from diffusion.schedule import DiffusionSchedule
 from training.clip_shapes import cut_clips
 from training.state import TrainingState
 from utils import distributed
@@ -21,8 +19,7 @@ from utils.video_utils import cross_fade, join_clip, psnr, split_clip
 @torch.no_grad()
 def validate(
     state: TrainingState,
-    schedule: DiffusionSchedule,
-    predict: Predictor,
+    pipe: MiddleFramePipeline,
     batches: Iterable[Tensor],
     clips: int,
     args: argparse.Namespace,
@@ -33,9 +30,9 @@ def validate(
         losses = [predictor_loss(state.ema.predictor, *part).sum().item() for part in parts]
         sums = (sum(losses), len(distributed.rank_slice(clips)))
     else:
-        parts = ((start, predict(start, end, x0.shape[2]).to_residual(x0), end) for start, x0, end in parts)
-        first, weights = distributed.rank_slice(clips).start, (args.temporal_loss_weight, args.noise_offset)
-        sums = validation_sum(state.ema, schedule, parts, clips, args.seed, *weights, first=first)
+        parts = ((start, pipe.predict(start, end, x0.shape[2]).to_residual(x0), end) for start, x0, end in parts)
+        first, weights = distributed.rank_slice(clips).start, (args.temporal_loss_weight, pipe.noise)
+        sums = validation_sum(state.ema, pipe.schedule, parts, clips, args.seed, *weights, first=first)
     loss, pairs = distributed.all_reduce_sum(*sums)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the validation loss must stay finite (got {loss / pairs})")

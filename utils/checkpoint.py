@@ -153,6 +153,7 @@ SAMPLING: Rules = {  # what every checkpoint holds
     "diffusion_config.timesteps": is_integer(100_000, 1),
     "diffusion_config.schedule": lambda value: isinstance(value, str) and len(value) < 40,
     "diffusion_config.noise_offset": lambda value: is_number(value) and 0 <= value <= 100,
+    "diffusion_config.noise_correlation": lambda value: value is None or (is_number(value) and 0 <= value < 1),
     "diffusion_config.predictor": lambda value: value in (None, "none", "cross_fade", "learned", "flow", "rife"),
     "diffusion_config.residual_scale": lambda value: value in (None, "pixel") or (is_number(value) and value > 0),
     "args.cfg_drop_prob": lambda value: value is None or is_number(value),
