@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = build_parser()
     try:
-        with distributed.watch_peers(), explain_oom(OOM_REMEDY):
+        with distributed.watch_peers("the same --out_dir goes on where it was"), explain_oom(OOM_REMEDY):
             evaluate(parser.parse_args(argv))
             distributed.cleanup()
     except (ValueError, OSError) as error:

@@ -334,10 +334,10 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 lost another process, 2 wrong input."""
+    """Entry point; returns the exit status: 0 done, 1 lost another process, 2 wrong input, 130 stopped."""
     parser = build_parser()
     try:
-        with distributed.watch_peers(), explain_oom(OOM_REMEDY):
+        with distributed.watch_peers("--overwrite begins anew"), explain_oom(OOM_REMEDY):
             sample(parser.parse_args(argv))
             distributed.cleanup()
     except (ValueError, OSError) as error:

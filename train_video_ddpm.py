@@ -39,6 +39,7 @@ from models.video_unet3d import build_model, check_size
 from training.checkpointer import Checkpointer, load_latest, make_out_dir
 from training.clip_shapes import clip_config_of, cut_clips, is_timed, window_length
 from training.logger import Logger, describe_run
+from training.presets import FIXED_FLAGS, INHERITED_FLAGS, TRAIN_PRESETS
 from training.state import (
     TrainingState,
     get_lr,
@@ -50,7 +51,7 @@ from training.state import (
     to_checkpoint,
     update_ema,
 )
-from training.trackers import TRACKERS, open_tracker
+from training.trackers import TRACKERS, Tracker, resolve_logger
 from training.validation import measure_scale, preview, validate
 from utils import distributed, flags
 from utils.checkpoint import load_checkpoint
@@ -63,22 +64,6 @@ from utils.video_utils import as_pair, middle_length
 PREVIEW_CLIPS = 8
 SCALE_CLIPS = 64  # training clips to measure a residual scale on, at most
 OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T, or pass --activation_checkpointing"
-
-# What a checkpoint was trained as: network, clips and diffusion, which --init takes over.
-INHERITED_FLAGS = {"num_frames", "size", "frame_stride", "color_mode", "endpoint_context", "base_channels"}
-INHERITED_FLAGS |= {"channel_mults", "res_blocks", "temporal_attn_levels", "timesteps", "beta_schedule", "noise_offset"}
-INHERITED_FLAGS |= {"noise_correlation", "cfg_drop_prob", "temporal_loss_weight", "predictor", "predictor_width"}
-INHERITED_FLAGS |= {"residual_scale"}
-FIXED_FLAGS = INHERITED_FLAGS | {"init", "seed", "val_ratio", "predictor_steps", "optimizer"}  # on --resume
-
-# Predict and refine: what won in docs/results.md, for any size of network and clips.
-REFINE = {"predictor": "learned", "optimizer": "muon", "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995}
-REFINE |= {"noise_correlation": 0.5, "vis_steps": 3, "vis_guidance_scale": 1.0}
-# The same in five minutes on two CPU cores: small frames, a small network.
-DEMO = REFINE | {"out_dir": "outputs/demo", "size": 32, "num_workers": 0, "cache_videos": True, "lr": 2e-3}
-DEMO |= {"base_channels": 24, "channel_mults": [1, 2], "res_blocks": 1, "temporal_attn_levels": [1], "warmup_steps": 50}
-DEMO |= {"epochs": 45, "predictor_steps": 1000, "ema_decay": 0.99, "vis_every": 9, "log_every": 50}
-TRAIN_PRESETS: dict[str, dict[str, Any]] = {"demo": DEMO, "refine": REFINE}
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -133,7 +118,8 @@ def build_parser() -> Parser:
     offset = "deviation of a constant added to the noise per clip and channel; 0 = none"
     up_to_100 = flags.ranged(float, "a number in [0, 100]", lambda value: 0 <= value <= 100)
     add("--noise_offset", type=up_to_100, default=0.0, help=offset)
-    add("--noise_correlation", type=flags.decay, default=0.0, help="of noise in neighbouring pixels; 0 = white noise")
+    correlation = "what noise has in common with its neighbours in time, height, width and colour; 0 = white noise"
+    add("--noise_correlation", type=flags.decay, default=0.0, help=correlation)
 
     add = parser.add_argument_group("predict and refine").add_argument
     guess = "what guesses the middle, so that diffusion refines the guess; flow and rife need optional packages"
@@ -172,8 +158,9 @@ def build_parser() -> Parser:
     add("--log_every", type=positive_int, default=20, help="steps between lines of metrics.jsonl")
     add("--save_every", type=non_negative_int, default=0, help="steps between saves of last.pt; 0 = once an epoch")
     add("--save_minutes", type=non_negative_float, default=0.0, help="minutes between saves of last.pt; 0 = none")
-    add("--logger", choices=TRACKERS, help="package that also gets numbers and previews; None = files alone")
+    add("--logger", choices=("none", *TRACKERS), default="none", help="package that also gets numbers and previews")
     add("--tensorboard", **switch(False), help="the same as --logger tensorboard")
+    add("--log_dir", help="folder of TensorBoard's or wandb's files; None = below --out_dir")
     return parser
 
 
@@ -182,11 +169,14 @@ def resolve_args(
 ) -> tuple[argparse.Namespace, dict[str, Any] | None, Path | None]:
     """What the run will be: flags given, over the checkpoint's on --resume, over the preset's, over the defaults.
 
-    Returns: the arguments, and the checkpoint to go on from with its file (None and None for a fresh run).
+    Returns: the arguments, and the checkpoint to go on from with its file; without a file its weights alone are to be
+        started from (--init), and both are None for a fresh run.
     Raises: ValueError: for a missing or present last.pt, or a flag that contradicts the checkpoint or another flag.
     """
     given = parser.parse_given(argv)
-    values = vars(parser.defaults()) | TRAIN_PRESETS.get(given.get("preset"), {})
+    defaults = vars(parser.defaults())
+    values = defaults | TRAIN_PRESETS.get(given.get("preset"), {})
+    former = {name: defaults[name] for name in FIXED_FLAGS}  # of checkpoints from before there was such a flag
     folder = Path(given.get("out_dir", values["out_dir"]))
     there = [path for path in (folder / "last.pt", folder / "prev.pt") if path.exists()]
     checkpoint = source = None
@@ -194,7 +184,7 @@ def resolve_args(
         if not there:
             raise ValueError(f"--resume: there is no {folder / 'last.pt'}; without --resume a new run starts")
         checkpoint, source = load_latest(folder)
-        stored = parser.parse_stored(checkpoint["args"], source)
+        stored = former | parser.parse_stored(checkpoint["args"], source)
         for name, value in given.items():
             was, flag = stored.get(name), "T" if name == "num_frames" else name
             if name in FIXED_FLAGS and value != was:
@@ -205,11 +195,17 @@ def resolve_args(
     elif there and not given.get("dry_run"):
         raise ValueError(f"--out_dir {folder} already holds a {there[0].name}; pass --resume or choose another folder")
     elif given.get("init"):
-        stored = parser.parse_stored(load_checkpoint(given["init"])["args"], given["init"])
-        values |= {name: value for name, value in stored.items() if name in INHERITED_FLAGS}
+        checkpoint = load_checkpoint(given["init"])
+        stored = former | parser.parse_stored(checkpoint["args"], given["init"])
+        values |= {name: stored[name] for name in INHERITED_FLAGS}
     args = argparse.Namespace(**(values | given))
 
     # The rules that join several flags.
+    config = model_config_of(args)
+    if checkpoint and checkpoint["model_config"] != config:
+        differing = sorted(name for name, value in checkpoint["model_config"].items() if config.get(name) != value)
+        raise ValueError(f"{source or args.init}: its network is not that of the flags (they differ in {differing})")
+    args.logger = resolve_logger(args.logger, args.tensorboard)
     args.residual_scale = resolve_scale(args.predictor, args.residual_scale)
     if args.predictor != "none" and args.dynamic_threshold:
         raise ValueError("--dynamic_threshold must be off with --predictor, whose residuals have no range")
@@ -220,14 +216,12 @@ def resolve_args(
         if low > high:
             raise ValueError(f"--{'T' if name == 'num_frames' else name} must be two rising numbers (got {low} {high})")
     middle_length(as_pair(args.num_frames)[0], args.endpoint_context)
-    build_model(model_config_of(args), "meta")  # refuses what cannot be built
+    build_model(config, "meta")  # refuses what cannot be built
     check_size(args.size, 2 ** len(args.channel_mults))
     if args.max_videos == 1:
         raise ValueError("--max_videos must be at least 2, one file for each split (got 1)")
     if args.vis_every and args.vis_steps > args.timesteps:
         raise ValueError(f"--vis_steps must be at most --timesteps {args.timesteps} (got {args.vis_steps})")
-    if checkpoint and checkpoint["model_config"] != model_config_of(args):
-        raise ValueError(f"{source}: its model_config and its args disagree")
     return args, checkpoint, source
 
 
@@ -321,7 +315,9 @@ def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDat
 
 
 def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: Path | None) -> int:
-    """Train, from `checkpoint` (of the file `source`) if there is one, to the end or a stop signal; returns the status.
+    """Train to the end or a stop signal, from where the checkpoint of the file `source` stands; returns the status.
+
+    Without a file, a checkpoint is one whose weights the run starts from.
 
     Raises: ValueError or OSError: for what the user can mend. FloatingPointError: if the loss is not finite or
         diverged. PeerLostError: if another process of the run is gone.
@@ -344,9 +340,9 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     epoch_steps = steps_per_epoch(len(train_clips), clips_per_step)
 
     # Make network, optimiser and schedules, and go on where the checkpoint stands.
-    state = init_state(args, device, amp_dtype, None if checkpoint else args.init)
+    state = init_state(args, device, amp_dtype, checkpoint["ema"] if checkpoint and not source else None)
     schedule = DiffusionSchedule(args.timesteps, args.beta_schedule).to(device)
-    if checkpoint:
+    if source:
         restore(state, checkpoint, clips_per_step, epoch_steps, source)
     distributed.check_consistency(f"{source or out_dir}: the step", state.step)
     state.plan_steps(args, epoch_steps)
@@ -386,7 +382,9 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     # Log and save on rank 0.
     logger, checkpointer = Silent(), Silent()
     if distributed.is_main():
-        logger = Logger(out_dir, state, device, open_tracker(args, out_dir, state.step))
+        place = Path(args.log_dir or out_dir)
+        tracker = Tracker(args.logger, place, out_dir.name, vars(args), state.step) if args.logger != "none" else None
+        logger = Logger(out_dir, state, device, tracker)
         contents = partial(to_checkpoint, state, args, epoch_steps)
         probe = partial(probe_loss, state, schedule, args.temporal_loss_weight, amp_dtype)
         last_is_whole = source is not None and source.name == "last.pt"
@@ -457,7 +455,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = build_parser()
     try:
-        with distributed.watch_peers(), explain_oom(OOM_REMEDY):
+        with distributed.watch_peers("--resume goes on from the last save, if there is one"), explain_oom(OOM_REMEDY):
             status = train(*resolve_args(parser, argv))
             distributed.cleanup()
             return status

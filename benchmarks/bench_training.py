@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_video_ddpm
 from benchmarks import measure
 from diffusion.loss import diffusion_loss, drop_contexts, sample_training_noise
-from diffusion.noise import TRAIN, generator_for
+from diffusion.noise import TRAIN, NoiseConfig, generator_for
 from diffusion.pipeline import MiddleFramePipeline
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import build_model
@@ -90,7 +90,8 @@ def our_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[
     batches = (to_float(batch.to(device, non_blocking=True)) for batch in repeat(clips))
     if args.compile:
         state.model.compile(dynamic=False)
-    pipe = MiddleFramePipeline(state.ema, schedule, clip_config_of(args))
+    noise = NoiseConfig(args.noise_offset, args.noise_correlation)
+    pipe = MiddleFramePipeline(state.ema, schedule, clip_config_of(args), noise)
     return lambda: train_video_ddpm.train_step(state, pipe, batches, args, amp_dtype), state
 
 
@@ -106,7 +107,8 @@ def original_step(args: argparse.Namespace, device: torch.device) -> Callable[[]
     def step() -> None:
         start, middle, end = split_clip(to_float(clips).to(device), args.endpoint_context)
         generator = generator_for(args.seed, TRAIN, next(steps), device=device)
-        noise = sample_training_noise(middle, args.timesteps, generator, args.cfg_drop_prob)
+        config = NoiseConfig(args.noise_offset, args.noise_correlation)
+        noise = sample_training_noise(middle, args.timesteps, generator, args.cfg_drop_prob, config)
         start, end = drop_contexts(start, end, noise.dropped)
         with autocast(device, amp_dtype):
             terms = diffusion_loss(model, schedule, start, middle, end, noise.t, noise.eps, args.temporal_loss_weight)

@@ -164,7 +164,7 @@ def read_frames(path: str | Path, wanted: Sequence[int], info: VideoInfo) -> Ite
 
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter, scaling: Interpolation | None = None) -> Tensor:
-    """One decoded frame of any pixel format as RGB, uint8 [3,H,W], turned upright; `scaling`: flags of FFmpeg"""
+    """One decoded frame of any pixel format as RGB, uint8 [3,H,W], upright; `scaling` None = FFmpeg's own."""
     pixels = reformatter.reformat(frame, format="rgb24", interpolation=scaling, threads=1).to_ndarray()  # [H,W,3]
     if frame.rotation:
         pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))

@@ -18,30 +18,31 @@ INIT, TRAIN, VALIDATION, PREVIEW, SAMPLE, SHAPE = range(6)
 class NoiseConfig(NamedTuple):
     """What noise is like; the default is white. Each value has the variance 1, beside the constant of `offset`."""
 
-    offset: float = 0.0  # standard deviation of a constant added per clip and channel; 0 = none
-    correlation: float = (
-        0.0  # of neighbours in time, height and width (its n-th power n apart), and of colours; below 1
-    )
+    # deviation of a constant added per clip and channel; 0 = none
+    offset: float = 0.0
+    # in [0, 1), of neighbours in time, height and width (n apart, its n-th power), and of any two colours; 0 = white
+    correlation: float = 0.0
 
 
 WHITE = NoiseConfig()
 
 
 @lru_cache(maxsize=64)
-def correlation_factor(size: int, correlation: float, fading: bool) -> Tensor:
+def correlation_factor(size: int, correlation: float, fading: bool, device: torch.device) -> Tensor:
     """A matrix [size,size] that turns white noise into noise of that correlation: its square root, float32.
 
-    `fading` with the distance, or the same between any two.
+    `fading` with the distance, or the same between any two. Kept on the device, so that no later call waits for it.
     """
     distance = (torch.arange(size)[:, None] - torch.arange(size)).abs().clamp(max=size if fading else 1)
-    return torch.linalg.cholesky(torch.tensor(correlation, dtype=torch.float64) ** distance).float()
+    return torch.linalg.cholesky(torch.tensor(correlation, dtype=torch.float64) ** distance).float().to(device)
 
 
 def correlated(eps: Tensor, correlation: float) -> Tensor:
     """White noise [...,C,M,H,W] with what neighbours have in common, see NoiseConfig; 0 = as it is."""
-    for axis in range(-4, 0) if correlation else ():
-        factor = correlation_factor(eps.shape[axis], correlation, axis > -4).to(eps.device)
-        eps = torch.tensordot(eps, factor, dims=([axis], [1])).movedim(-1, axis)
+    with torch.autocast(eps.device.type, enabled=False):  # of samplers, which run under it
+        for axis in range(-4, 0) if correlation else ():
+            factor = correlation_factor(eps.shape[axis], correlation, axis > -4, eps.device)
+            eps = torch.tensordot(eps, factor, dims=([axis], [1])).movedim(-1, axis)
     return eps.contiguous()
 
 

@@ -20,6 +20,7 @@ from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model, check_size
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.device import autocast, choose_amp_dtype, resolve_device
+from utils.distributed import print0
 from utils.interpolators import load_interpolator
 from utils.io import read_image
 from utils.video_utils import FrameSize, add_times, clip_times, middle_length, resize_and_crop, to_float, to_gray
@@ -129,10 +130,10 @@ class MiddleFramePipeline:
         check_size(args.size, self.model.size_multiple)
         if not self.trained["args"].get("cfg_drop_prob") and any(way["guidance_scale"] != 1 for way in grid):
             remedy = f"it needs --guidance_scale 1 (--preset {self.default_preset or 'fast'} beside it)"
-            print(f"note: {args.ckpt} has no trained unconditional branch: {remedy}", file=sys.stderr)
+            print0(f"note: {args.ckpt} has no trained unconditional branch: {remedy}", file=sys.stderr)
         alone = self.trained["args"].get("predictor_steps") or 0 if self.predictor == "learned" else 0
         if self.trained["step"] <= alone and any(way["steps"] for way in grid):
-            print(f"note: {args.ckpt} has not begun to refine: --steps 0 gives what it has learned", file=sys.stderr)
+            print0(f"note: {args.ckpt} has not begun to refine: --steps 0 gives what it has learned", file=sys.stderr)
         return grid
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:

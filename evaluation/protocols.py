@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 RULES = {
     "psnr": "PSNR: mean over frames of each frame's dB on 8-bit values",
     "psnr_clip": "PSNR (clip): dB of the error averaged over the clip's frames, on 8-bit values",
-    "psnr_middle": "PSNR (middle), SSIM (middle): of the frame in the middle alone",
+    "psnr_middle": "PSNR (middle): of the frame in the middle alone",
+    "ssim_middle": "SSIM (middle): likewise",
     "ssim": "SSIM: 8-bit values, Gaussian weights of deviation 1.5, mean over colour channels, borders left out",
     "lpips": "LPIPS: AlexNet v0.1, frames resized to 128 pixels",
     "temporal_l1": "temporal error: mean |frame difference - true one|, observed neighbours included, of a range of 1",

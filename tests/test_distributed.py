@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -14,11 +15,12 @@ import torch
 from conftest import TINY_FLAGS, words, write_squares
 from torch.nn.parallel import DistributedDataParallel
 
+import evaluate_video_ddpm
+import sample_video_ddpm
 import train_video_ddpm
 from data.frame_cache import CachedFrames
 from data.kinetics_video_dataset import DecodedFrames
-from evaluate_video_ddpm import main as evaluate_main
-from sample_video_ddpm import main as sample_main
+from evaluation.evaluator import Evaluator
 from training.checkpointer import Checkpointer
 from utils import distributed
 from utils.checkpoint import load_checkpoint
@@ -174,7 +176,7 @@ def test_a_process_that_is_killed_ends_the_other_with_a_clear_line(train_on, tmp
     run, other = train_on(2, "run", "--save_every 1 --max_steps 400", act=die), 1 - killed
     assert run.statuses[killed] == -signal.SIGKILL and run.statuses[other] == 1 and run.seconds < 60
     end = run.logs[other].strip().splitlines()[-1]
-    assert f"process {other} of 2 ends, as another one is gone" in end and "with --resume, goes on from" in end
+    assert f"process {other} of 2 ends, as another one is gone" in end and "with --resume goes on from" in end
     assert "Traceback" not in run.logs[other]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] in (4, 5)
 
@@ -281,15 +283,34 @@ def bytes_below(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def sample_and_tell(rank, flags):
+    """Sample, and print the jobs that this process does."""
+    generate = sample_video_ddpm.generate
+    sample_video_ddpm.generate = lambda *given: print("job", given[-1].sample) or generate(*given)
+    return sample_video_ddpm.main(flags)
+
+
+def evaluate_and_tell(rank, flags):
+    read = Evaluator.read_and_score
+    Evaluator.read_and_score = lambda self, *given: print("job", given[-1][0]) or read(self, *given)
+    return evaluate_video_ddpm.main(flags)
+
+
+def jobs(log):
+    return {int(number) for number in re.findall(r"^job (\d+)$", log, re.M)}
+
+
 def test_two_processes_sample_the_files_of_one(ckpt, square_videos, tmp_path):
     given = ["--ckpt", ckpt, "--data_root", square_videos, "--cache_dir", tmp_path / "cache"]
     given += words("--num_clips 1 --num_samples 3 --steps 2 --batch_size 1")
     printed = {}
     for count in (1, 2):
         flags = [str(word) for word in [*given, "--out_dir", tmp_path / str(count)]]
-        statuses, logs = on_processes(count, tmp_path / f"n{count}", lambda rank, flags: sample_main(flags), flags)
+        statuses, logs = on_processes(count, tmp_path / f"n{count}", sample_and_tell, flags)
         assert statuses == [0] * count
-        printed[count] = [line.replace(str(tmp_path / str(count)), "") for line in logs[0].splitlines()]
+        lines = [line for line in logs[0].splitlines() if not line.startswith("job")]
+        printed[count] = [line.replace(str(tmp_path / str(count)), "") for line in lines]
+        assert [jobs(log) for log in logs] == ([{0, 1, 2}] if count == 1 else [{0, 2}, {1}])
     assert printed[1] == printed[2] and len(printed[1]) == 5  # files, three samples and their mean
     one, two = (bytes_below(tmp_path / str(count)) for count in (1, 2))
     records = [path for path in one if path.name == "sample.json"]  # with out_dir and seconds
@@ -303,8 +324,9 @@ def test_two_processes_evaluate_to_the_lines_of_one(ckpt, square_videos, tmp_pat
     lines = {}
     for count in (1, 2):
         flags = [str(word) for word in [*given, "--out_dir", tmp_path / str(count)]]
-        statuses, logs = on_processes(count, tmp_path / f"n{count}", lambda rank, flags: evaluate_main(flags), flags)
+        statuses, logs = on_processes(count, tmp_path / f"n{count}", evaluate_and_tell, flags)
         assert statuses == [0] * count and (count == 1 or "scoring" not in logs[1])
+        assert [jobs(log) for log in logs] == ([{0, 1, 2, 3, 4, 5, 6}] if count == 1 else [{0, 2, 4, 6}, {1, 3, 5}])
         lines[count] = list(map(json.loads, (tmp_path / str(count) / "per_clip.jsonl").read_text().splitlines()))
         for line in lines[count]:
             for entry in line.get("methods", {}).values():

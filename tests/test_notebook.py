@@ -1,5 +1,6 @@
-"""The notebook runs top to bottom on the shipped weights, and what is stored in it is what it shows."""
+"""The notebook runs top to bottom on the shipped weights, and what is stored in it is what they give."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ NOTEBOOK = ROOT / "examples/middle_frames.ipynb"
 def pictures(notebook):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return [kind for output in outputs for kind in output.get("data", {}) if kind.startswith("image/")]
+
+
+def decibels(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [float(value) for output in outputs for value in re.findall(r"([\d.]+) dB", output.get("text", ""))]
 
 
 def test_the_notebook_runs_top_to_bottom_and_shows_its_pictures(tmp_path, monkeypatch):
@@ -26,4 +32,5 @@ def test_the_notebook_runs_top_to_bottom_and_shows_its_pictures(tmp_path, monkey
     where = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(ran, timeout=100, kernel_name="python3", resources=where).execute()  # raises on any error
     assert pictures(ran) == pictures(stored) and len(pictures(ran)) == 3
+    assert decibels(ran) == pytest.approx(decibels(stored), abs=0.05) and len(decibels(ran)) == 2
     assert (tmp_path / "outputs/notebook.gif").is_file()

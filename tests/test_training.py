@@ -631,6 +631,18 @@ def test_compiled_training_keeps_clean_names(train, monkeypatch):
     assert not any("_orig_mod" in name for name in last(out)["model"])
 
 
+def test_presets_do_not_fill_what_an_older_checkpoint_does_not_know(train, tmp_path):
+    out = train("a", "--max_steps 1")
+    older = last(out)
+    del older["args"]["noise_correlation"], older["diffusion_config"]["noise_correlation"]
+    save_checkpoint(out / "last.pt", older)
+    run(out, "--resume --preset refine --max_steps 2")
+    assert last(out)["diffusion_config"]["noise_correlation"] == 0
+    save_checkpoint(out / "last.pt", older)
+    args, *_ = resolve_args(build_parser(), words(f"--preset refine --init {out / 'last.pt'} --out_dir nowhere"))
+    assert args.noise_correlation == 0
+
+
 def test_presets_fill_only_what_was_not_given():
     parser, demo = build_parser(), TRAIN_PRESETS["demo"]
     assert parser.parse_given(["--preset", "demo", "--size", "64"]) == {"preset": "demo", "size": 64}
@@ -647,7 +659,8 @@ def test_a_run_starts_from_the_ema_of_given_weights_and_their_network(ckpt, squa
     assert begun["model_config"] == source["model_config"] and begun["clip_config"] == source["clip_config"]
     assert all(torch.equal(begun["model"][name], value) for name, value in source["ema"].items())
     for more, message in (
-        ("--base_channels 24", "the weights do not fit its model_config"),
+        ("--base_channels 24", "its network is not that of the flags (they differ in ['base_channels'])"),
+        ("--predictor learned", "its network is not that of the flags"),
         ("--init nowhere.pt", "nowhere.pt: no such checkpoint"),
     ):
         with pytest.raises(SystemExit) as left:
@@ -775,7 +788,7 @@ def test_packages_with_the_calls_of_wandb_get_scalars_and_previews(train, name, 
     class Standin(types.ModuleType):
         logged, finished, Error, Image = [], 0, RuntimeError, staticmethod(lambda array: array.shape)
 
-        def init(self, project, run=None, name=None, config=None, dir=None, embed=True):
+        def init(self, project, run=None, name=None, config=None, dir=None, resume="never", embed=True):
             assert (run or name) == "a" and config["max_steps"] == 2
             return self
 
@@ -786,7 +799,7 @@ def test_packages_with_the_calls_of_wandb_get_scalars_and_previews(train, name, 
             self.finished += 1
 
     standin = Standin(name)
-    standin.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    standin.__spec__ = importlib.machinery.ModuleSpec(name, loader=object())
     monkeypatch.setitem(sys.modules, name, standin)
     out = train("a", f"--max_steps 2 --logger {name} --vis_every 1")
     recorded = [line["val_loss"] for line in lines(out, "val")]
@@ -796,7 +809,11 @@ def test_packages_with_the_calls_of_wandb_get_scalars_and_previews(train, name, 
 
 def test_wandb_that_is_not_logged_in_costs_one_line(train, monkeypatch, capsys):
     wandb = types.ModuleType("wandb")
-    wandb.__spec__, wandb.Error, wandb.Image = importlib.machinery.ModuleSpec("wandb", None), RuntimeError, None
+    wandb.__spec__, wandb.Error, wandb.Image = (
+        importlib.machinery.ModuleSpec("wandb", loader=object()),
+        RuntimeError,
+        None,
+    )
 
     def init(**settings):
         raise RuntimeError("No API key configured.")

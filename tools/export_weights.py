@@ -17,7 +17,7 @@ from utils.checkpoint import SAFE_SUFFIX, load_checkpoint, save_weights
 from utils.flags import Parser, nonempty_path
 from utils.io import file_sha256
 
-HERE = ("data_root", "cache_dir", "out_dir", "log_dir")  # places on the machine of training
+HERE = ("data_root", "cache_dir", "out_dir", "log_dir", "init")  # places on the machine of training
 
 
 def build_parser() -> Parser:

@@ -18,7 +18,7 @@ from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model
 from training.clip_shapes import clip_config_of, is_timed
 from training.optimizer import Muon
-from utils.checkpoint import load_checkpoint, load_weights
+from utils.checkpoint import load_weights
 from utils.device import autocast
 from utils.distributed import is_main, print0, wrap_ddp
 
@@ -207,17 +207,17 @@ def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def init_state(
-    args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype | None, init: str | None = None
+    args: argparse.Namespace,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> TrainingState:
-    """Weights by the seed, or the EMA of the checkpoint `init`, their EMA copy and an optimiser.
-
-    Raises: ValueError: if those of `init` do not fit the network that the arguments describe.
-    """
+    """The weights given (ValueError if they do not fit), or fresh ones by the seed; their EMA copy and an optimiser."""
     config = model_config_of(args)
     torch.manual_seed(generator_for(args.seed, INIT).initial_seed())
     model = build_model(config)
-    if init:
-        load_weights(model, load_checkpoint(init)["ema"], init)
+    if weights:
+        load_weights(model, weights, args.init)
     model = model.to(device).set_memory_format(args.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     model.activation_checkpointing = args.activation_checkpointing

@@ -1,6 +1,5 @@
 """Where else a run's numbers go beside metrics.jsonl: TensorBoard, wandb or trackio, each an optional package."""
 
-import argparse
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,21 +11,29 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "middle-frame-video"
 
 
-def open_tracker(args: argparse.Namespace, out_dir: Path, step: int) -> "Tracker | None":
-    """The tracker that a run asks for, from `step` on; None = none."""
-    name = args.logger or ("tensorboard" if args.tensorboard else None)
-    return Tracker(name, out_dir, out_dir.name, vars(args), step) if name else None
+def resolve_logger(name: str, tensorboard: bool) -> str:
+    """The one of TRACKERS that --logger and --tensorboard ask for, or "none".
+
+    Raises: ValueError: if they ask for two, or its package is not installed.
+    """
+    if tensorboard and name not in ("none", "tensorboard"):
+        raise ValueError(f"--logger must be tensorboard beside --tensorboard (got {name})")
+    name = "tensorboard" if tensorboard else name
+    spec = None if name == "none" else find_spec(name)
+    if name != "none" and (spec is None or spec.loader is None):  # a folder of that name is no package
+        raise ValueError(f"--logger {name} needs the package {name}: pip install {name}")
+    return name
 
 
 class Tracker:
     """Sends scalars and pictures to the package of that name; TensorBoard's and wandb's files are below `folder`.
 
-    Raises: ValueError: if the package is absent, or wandb is neither logged in nor told to stay offline.
+    A run that goes on at `step` goes on in TensorBoard and trackio; in wandb it is another run of the same name.
+
+    Raises: ValueError: if wandb is neither logged in nor told to stay offline.
     """
 
     def __init__(self, name: str, folder: Path, run: str, config: Mapping[str, Any], step: int):
-        if find_spec(name) is None:
-            raise ValueError(f"--logger {name} needs the package {name}: pip install {name}")
         self.writer = self.run = None
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -42,7 +49,8 @@ class Tracker:
         else:
             import trackio
 
-            self.run, self.image = trackio.init(PROJECT, run, config=config, embed=False), trackio.Image
+            resume = "allow" if step else "never"
+            self.run, self.image = trackio.init(PROJECT, run, config=config, resume=resume, embed=False), trackio.Image
 
     def log(self, kind: str, values: Mapping[str, float | None], step: int) -> None:
         """Numbers as KIND/NAME; those that are None are left out."""

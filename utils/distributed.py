@@ -120,8 +120,11 @@ def cleanup() -> None:
 
 
 @contextlib.contextmanager
-def watch_peers() -> Iterator[None]:
-    """Raises: PeerLostError: in place of what torch says, if another process is gone."""
+def watch_peers(remedy: str) -> Iterator[None]:
+    """Raises: PeerLostError: in place of what torch says, if another process is gone.
+
+    `remedy` completes "the same torchrun command with ...".
+    """
     try:
         yield
     except RuntimeError as error:
@@ -130,7 +133,7 @@ def watch_peers() -> Iterator[None]:
             raise
         raise PeerLostError(
             f"process {rank()} of {world_size()} ends, as another one is gone or cannot be reached; the same torchrun "
-            f"command, of training with --resume, goes on from what was saved, if anything (torch says: {words[:200]})"
+            f"command with {remedy} (torch says: {words[:200]})"
         ) from error
 
 
@@ -252,16 +255,17 @@ def from_main(value: Any) -> Any:
 
 def in_turns(jobs: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
     """Share jobs out, a turn of one for each process after the other; yields each one's result, in order, on rank 0."""
+    patient = PREPARATION_GROUP[0] if world_size() > 1 else None  # who has no job waits for a whole one
     for i in range(0, len(jobs), world_size()):
         turn = jobs[i : i + world_size()]
-        results = gather(work(turn[rank()]) if rank() < len(turn) else None)
+        results = gather(work(turn[rank()]) if rank() < len(turn) else None, patient)
         yield from results[: len(turn)]
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every process's value in order, on rank 0; nothing on the others."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if is_main() else None
-    dist.gather_object(value, values)
+    dist.gather_object(value, values, group=group)
     return values or []
