@@ -51,7 +51,7 @@ from training.state import (
     to_checkpoint,
     update_ema,
 )
-from training.trackers import TRACKERS, Tracker, resolve_logger
+from training.trackers import TRACKERS, open_tracker, resolve_logger
 from training.validation import measure_scale, preview, validate
 from utils import distributed, flags
 from utils.checkpoint import load_checkpoint
@@ -382,9 +382,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     # Log and save on rank 0.
     logger, checkpointer = Silent(), Silent()
     if distributed.is_main():
-        place = Path(args.log_dir or out_dir)
-        tracker = Tracker(args.logger, place, out_dir.name, vars(args), state.step) if args.logger != "none" else None
-        logger = Logger(out_dir, state, device, tracker)
+        logger = Logger(out_dir, state, device, open_tracker(args, out_dir, state.step))
         contents = partial(to_checkpoint, state, args, epoch_steps)
         probe = partial(probe_loss, state, schedule, args.temporal_loss_weight, amp_dtype)
         last_is_whole = source is not None and source.name == "last.pt"

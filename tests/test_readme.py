@@ -114,10 +114,11 @@ def test_every_command_of_the_pages_runs_in_order(square_videos, tmp_path):
 
 def test_the_commands_for_several_processes_run(square_videos, tmp_path):
     found = [shlex.split(line) for line in LINES if line.startswith("torchrun")]
-    one, two = (torchrun_parser().parse_args(words[1:]) for words in found)
-    for command in (one, two):
-        train_video_ddpm.build_parser().parse_args(command.training_script_args)  # flags and values are ours
-        assert command.training_script == "train_video_ddpm.py"
+    commands = [torchrun_parser().parse_args(words[1:]) for words in found]
+    for command in commands:
+        SCRIPTS[command.training_script].parse_args(command.training_script_args)  # flags and values are ours
+    found = [words for words in found if "train_video_ddpm.py" in words]
+    one, two = (command for command in commands if command.training_script == "train_video_ddpm.py")
     assert (one.nproc_per_node, two.nnodes, two.nproc_per_node) == ("4", "2", "8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

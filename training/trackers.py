@@ -1,5 +1,6 @@
 """Where else a run's numbers go beside metrics.jsonl: TensorBoard, wandb or trackio, each an optional package."""
 
+import argparse
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,13 @@ def resolve_logger(name: str, tensorboard: bool) -> str:
     if name != "none" and (spec is None or spec.loader is None):  # a folder of that name is no package
         raise ValueError(f"--logger {name} needs the package {name}: pip install {name}")
     return name
+
+
+def open_tracker(args: argparse.Namespace, out_dir: Path, step: int) -> "Tracker | None":
+    """The tracker of --logger for a run that stands at `step`, or None."""
+    if args.logger == "none":
+        return None
+    return Tracker(args.logger, Path(args.log_dir or out_dir), out_dir.name, vars(args), step)
 
 
 class Tracker:
