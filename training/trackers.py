@@ -30,11 +30,12 @@ def open_tracker(args: argparse.Namespace, out_dir: Path, step: int) -> "Tracker
     """The tracker of --logger for a run that stands at `step`, or None."""
     if args.logger == "none":
         return None
-    return Tracker(args.logger, Path(args.log_dir or out_dir), out_dir.name, vars(args), step)
+    below = out_dir / "tensorboard" if args.logger == "tensorboard" else out_dir  # wandb makes a folder of its name
+    return Tracker(args.logger, Path(args.log_dir or below), out_dir.name, vars(args), step)
 
 
 class Tracker:
-    """Sends scalars and pictures to the package of that name; TensorBoard's and wandb's files are below `folder`.
+    """Sends scalars and pictures to the package of that name; TensorBoard's and wandb's files go to `folder`.
 
     A run that goes on at `step` goes on in TensorBoard and trackio; in wandb it is another run of the same name.
 
@@ -46,7 +47,7 @@ class Tracker:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / name), purge_step=step + 1 if step else None)
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         elif name == "wandb":
             import wandb
 
