@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from av import FFmpegError
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from data.kinetics_video_dataset import DecodedFrames, VideoClipDataset
@@ -38,7 +37,18 @@ from utils.device import explain_oom, resolve_device
 from utils.distributed import is_main, print0
 from utils.flags import Parser, nonempty_path, positive_int
 from utils.io import atomic_write, contact_sheet, observed_frames, save_gif, save_json, save_mp4, save_png
-from utils.video_utils import as_pair, clip_times, cross_fade, join_clip, psnr, split_clip, to_float, to_gray, to_uint8
+from utils.video_utils import (
+    as_pair,
+    clip_times,
+    cross_fade,
+    join_clip,
+    psnr,
+    resize,
+    split_clip,
+    to_float,
+    to_gray,
+    to_uint8,
+)
 
 OOM_REMEDY = "--batch_size, --size or --T"
 WORKING_PIXELS = 256 * 256  # frames of larger videos are made at about so many and enlarged
@@ -264,14 +274,14 @@ def write_video(
 
     def make(before: Sequence[Tensor], after: Sequence[Tensor], count: int) -> list[Tensor]:
         nonlocal made
-        ends = [torch.stack([resize(frame, list(size)) for frame in side], dim=1)[None] for side in (before, after)]
+        ends = [torch.stack([resize(frame, size) for frame in side], dim=1)[None] for side in (before, after)]
         ends = [to_gray(end.transpose(1, 2)).transpose(1, 2) if args.color_mode == "gray" else end for end in ends]
         steps = [stride] * (k - 1) + [1] * (count + 1) + [stride] * (k - 1)
         draw = {"num_middle": count, "times": [0, *accumulate(steps)], "hierarchy": args.hierarchy}
         middle = pipe(*ends, generator=[generator_for(args.seed, SAMPLE, made)], **draw, **settings)
         made += 1
         frames = to_uint8(middle)[0].cpu().expand(3, -1, -1, -1).unbind(1)
-        return [resize(frame, [height, width]) for frame in frames]
+        return [resize(frame, (height, width)) for frame in frames]
 
     def change(frames: Iterator[Frame]) -> Iterator[Frame]:
         frames = tqdm(frames, total=info.frames, unit="frame", disable=None)

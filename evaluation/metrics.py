@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transforms
 
 from evaluation.protocols import Protocol
 from utils.io import file_sha256
-from utils.video_utils import PSNR_CEILING, as_double, frame_psnr, join_clip, to_float, to_gray, to_uint8
+from utils.video_utils import PSNR_CEILING, as_double, frame_psnr, join_clip, resize, to_float, to_gray, to_uint8
 
 METRICS = ("psnr", "ssim", "lpips", "temporal", "static", "sharpness", "diversity", "fvd")
 HIGHER_IS_BETTER = {"psnr", "psnr_clip", "psnr_middle", "ssim", "ssim_middle"}
@@ -117,7 +116,7 @@ def lpips(network: nn.Module, frames: Tensor, truth: Tensor) -> Tensor:
     pair = []
     for clip in (frames, truth):
         pictures = to_uint8(clip).transpose(1, 2).flatten(0, 1).expand(-1, 3, -1, -1)  # [B*T,3,H,W]
-        pair.append(to_float(transforms.resize(pictures, [LPIPS_SIZE, LPIPS_SIZE], antialias=True)))
+        pair.append(to_float(resize(pictures, (LPIPS_SIZE, LPIPS_SIZE))))
     return network(*pair).view(len(frames), -1).mean(1)
 
 

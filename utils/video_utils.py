@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 PSNR_CEILING = 100.0  # dB given to two identical frames, so that a mean over frames stays finite
 WIDEST_ASPECT = 4  # frames this much longer than wanted are narrowed first: the centre crop discards the rest anyway
@@ -39,6 +38,19 @@ def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+def resize(frames: Tensor, size: Sequence[int]) -> Tensor:
+    """Frames [...,C,H,W], uint8 or float, at another height and width: bilinear, with antialiasing."""
+    from torchvision.transforms.v2 import functional as transforms  # not at the start, of which it is two seconds
+
+    return transforms.resize(frames, list(size), antialias=True)
+
+
+def crop_centre(frames: Tensor, size: Sequence[int]) -> Tensor:
+    """The centre of frames [...,C,H,W], of a height and width that are at most theirs, as a view."""
+    top, left = (round((whole - part) / 2) for whole, part in zip(frames.shape[-2:], size, strict=True))
+    return frames[..., top : top + size[0], left : left + size[1]]
+
+
 def resize_and_crop(frames: Tensor, size: FrameSize, linear_light: bool = False) -> Tensor:
     """Resize with antialiasing until `size` is just covered, then crop the centre: uint8 [...,C,H,W] to that size.
 
@@ -52,17 +64,17 @@ def resize_and_crop(frames: Tensor, size: FrameSize, linear_light: bool = False)
     longest = [max(1, WIDEST_ASPECT * w * height // width), max(1, WIDEST_ASPECT * h * width // height)]
     if h > longest[0] or w > longest[1]:
         h, w = min(h, longest[0]), min(w, longest[1])
-        frames = transforms.center_crop(frames, [h, w])
+        frames = crop_centre(frames, (h, w))
     covering = [height, w * height // h] if w * height >= width * h else [h * width // w, width]
     if linear_light:
         encoded = frames.float() / 255
         light = torch.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
-        light = transforms.resize(light, covering, antialias=True).clamp(0, 1)
+        light = resize(light, covering).clamp(0, 1)
         encoded = torch.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
         frames = (encoded * 255).round().to(torch.uint8)
     else:
-        frames = transforms.resize(frames, covering, antialias=True)
-    return transforms.center_crop(frames, [height, width])
+        frames = resize(frames, covering)
+    return crop_centre(frames, (height, width))
 
 
 def middle_length(num_frames: int, endpoint_context: int) -> int:
