@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import diffusion.loss
 import train_video_ddpm
 import utils.io
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -72,13 +73,15 @@ def moving_square(seed, frames=14, size=32):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Leave out what costs much and few tests are about: flushing to a busy disk (nobody cuts the power), and curves.
+    """Leave out what costs much and few tests are about: flushing to a busy disk (nobody cuts the power), curves, and
+    most of what validation tries.
 
     Modules that train a lot ask for it: pytestmark = pytest.mark.usefixtures("quick"). Fixtures of a wider scope are
     set up before it, so the runs of those flush and draw.
     """
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(utils.io, "save_training_curves", lambda file, history: False)
+    monkeypatch.setattr(diffusion.loss, "VALIDATION_PAIRS", 8)
 
 
 def write_squares(folder, count=10, first=0, size=16):

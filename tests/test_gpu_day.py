@@ -1,13 +1,25 @@
 """The program for a day with a GPU works before there is one: all its pieces, on a CPU, at tiny sizes."""
 
+import contextlib
+import runpy
 import shutil
+import sys
 
 from conftest import words
 
 from benchmarks import gpu_day
 
 
-def test_every_piece_runs_once_and_the_summary_has_its_tables(square_videos, tmp_path, capsys):
+def test_every_piece_runs_once_and_the_summary_has_its_tables(square_videos, tmp_path, capsys, monkeypatch, quick):
+    def run_here(command, log, deadline):  # as importing torch takes seconds; the test below runs processes
+        monkeypatch.setattr(sys, "argv", command)
+        with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                runpy.run_path(str(gpu_day.ROOT / command[0]), run_name="__main__")
+            except SystemExit as end:
+                assert not end.code, command
+
+    monkeypatch.setattr(gpu_day, "run_command", run_here)
     out = tmp_path / "day"
     out.mkdir()
     for name in ("speed_1", "sampling_small"):  # tests of the pages run these two benchmarks
