@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +17,7 @@ from typing import Any
 import torch
 
 from data.video_index import Video, data_as_trained, split_as_trained, usable_videos
-from diffusion.pipeline import SAMPLER_PRESETS, SETTINGS, MiddleFramePipeline, describe_settings
-from diffusion.sampler import SAMPLERS, SPACINGS
+from diffusion.pipeline import SETTINGS, MiddleFramePipeline, add_sampler_flags, describe_settings
 from evaluation.evaluator import ClipReader, Evaluator, baseline_method, pipeline_method
 from evaluation.fvd import I3D, I3D_URL, MIN_FRAMES
 from evaluation.metrics import METRICS, Scorer, alexnet_path, missing_for
@@ -78,8 +76,7 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("sampler")
     group.add_argument("--num_samples", type=positive_int, help="middles for each clip; None = 1, or 10 under mcvd")
-    presets = {name: describe_settings(settings) for name, settings in SAMPLER_PRESETS.items()}
-    flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets, several=True)
+    add_sampler_flags(group, several=True)
     return parser
 
 
@@ -124,7 +121,7 @@ def resolve_args(args: argparse.Namespace) -> MiddleFramePipeline | None:
     return pipe
 
 
-def drop_unavailable(args: argparse.Namespace, log: Callable[[str], None] = print0) -> None:
+def drop_unavailable(args: argparse.Namespace) -> None:
     """Leave out metrics and baselines that cannot run here, each with a line that says what would bring it."""
     reasons = {metric: missing_for(metric, min(as_pair(args.size))) for metric in args.metrics}
     if args.fvd_weights is None:
@@ -136,10 +133,10 @@ def drop_unavailable(args: argparse.Namespace, log: Callable[[str], None] = prin
     missing = {name: missing_package(name) for name in args.baselines}
     absent = {name: reason and f"baseline {name} is left out: {reason}" for name, reason in missing.items()}
     if find_spec("matplotlib") is None:
-        log("plots are left out: they need pip install matplotlib")
+        print0("plots are left out: they need pip install matplotlib")
     for name, reason in [*reasons.items(), *absent.items()]:
         if reason and name in (*args.metrics, *args.baselines):
-            log(reason)
+            print0(reason)
     args.metrics = [name for name in args.metrics if not reasons[name]]
     args.baselines = [name for name in args.baselines if not absent[name]]
     if not args.metrics:
@@ -236,16 +233,10 @@ def main(argv: list[str] | None = None) -> int:
     0 = done, 1 = lost another process, 2 = wrong input, 130 = stopped (the same command goes on).
     """
     parser = build_parser()
-    try:
-        with distributed.watch_peers("the same --out_dir goes on where it was"), explain_oom(OOM_REMEDY):
-            evaluate(parser.parse_args(argv))
-            distributed.cleanup()
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except distributed.PeerLostError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command goes on where it was\n")
+    goes_on = "the same command goes on where it was"
+    with parser.one_line_end(f"stopped; {goes_on}"), distributed.watch_peers(goes_on), explain_oom(OOM_REMEDY):
+        evaluate(parser.parse_args(argv))
+        distributed.cleanup()
     return 0
 
 

@@ -24,14 +24,7 @@ from data.video_reader import DECODE_ERRORS, probe_video
 from data.video_rewriter import Frame, fill_gaps, insert_frames, rewrite_video, upright_size
 from diffusion.hierarchy import describe_plan
 from diffusion.noise import SAMPLE, generator_for
-from diffusion.pipeline import (
-    SAMPLER_PRESETS,
-    MiddleFramePipeline,
-    describe_settings,
-    forwards_per_clip,
-    load_frames,
-)
-from diffusion.sampler import SAMPLERS, SPACINGS
+from diffusion.pipeline import MiddleFramePipeline, add_sampler_flags, forwards_per_clip, load_frames
 from utils import distributed, flags
 from utils.device import explain_oom, resolve_device
 from utils.distributed import is_main, print0
@@ -83,8 +76,7 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("sampler")
     group.add_argument("--num_samples", type=positive_int, default=1, help="different middles for each context")
-    presets = {name: describe_settings(settings) for name, settings in SAMPLER_PRESETS.items()}
-    flags.add_sampler_flags(group, SAMPLERS, SPACINGS, presets)
+    add_sampler_flags(group)
     return parser
 
 
@@ -120,6 +112,8 @@ def resolve_args(args: argparse.Namespace) -> tuple[MiddleFramePipeline, dict[st
     """
     if (args.start_images is None) != (args.end_images is None):
         raise ValueError("--start_images and --end_images must be given together")
+    if args.start_images and (args.data_root or args.num_clips > 1):
+        raise ValueError("--start_images must be given without --data_root and --num_clips")
     if args.middle_images and not args.start_images:
         raise ValueError("--middle_images needs --start_images and --end_images")
     if (args.video is None) != (args.gap is None and args.insert is None) or (args.gap and args.insert):
@@ -265,6 +259,8 @@ def write_video(
         if gap.start < before + k or gap.stop + k > info.frames:
             rule = f"--gap must leave {k} frames before it, after it and between two (the video has {info.frames})"
             raise ValueError(f"{rule} (got {gap.start}:{gap.stop})")
+    if args.hierarchy:
+        pipe.plan(1)  # refuses a model that cannot, before a frame is read
     height, width = upright_size(info)
     size = as_pair(args.size) if args.size else working_size(height, width, pipe.model.size_multiple)
     if size != (height, width):
@@ -305,7 +301,6 @@ def sample(args: argparse.Namespace) -> None:
     """From flags to files; a ValueError or OSError is for the user to mend."""
     pipe, settings = resolve_args(args)
     facts = vars(args) | settings | {"device": str(pipe.device), "checkpoint_step": pipe.trained["step"]}
-    facts["nfe"] = forwards_per_clip(pipe.schedule.timesteps, settings)
     out_dir = Path(args.out_dir)
     if is_main():
         refuse_to_overwrite(out_dir, args.overwrite)
@@ -313,6 +308,7 @@ def sample(args: argparse.Namespace) -> None:
         facts |= write_video(args, pipe, settings, out_dir / "video.mp4")
         save_json(out_dir / "sample.json", facts | {"gap": [f"{gap.start}:{gap.stop}" for gap in args.gap or []]})
         return
+    facts["nfe"] = forwards_per_clip(pipe.schedule.timesteps, settings)
     if args.hierarchy:
         levels = pipe.plan(args.num_frames - 2 * args.endpoint_context)
         facts["nfe"] *= sum(map(len, levels))
@@ -346,16 +342,9 @@ def sample(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 lost another process, 2 wrong input, 130 stopped."""
     parser = build_parser()
-    try:
-        with distributed.watch_peers("--overwrite begins anew"), explain_oom(OOM_REMEDY):
-            sample(parser.parse_args(argv))
-            distributed.cleanup()
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except distributed.PeerLostError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped\n")
+    with parser.one_line_end(), distributed.watch_peers("--overwrite begins anew"), explain_oom(OOM_REMEDY):
+        sample(parser.parse_args(argv))
+        distributed.cleanup()
     return 0
 
 

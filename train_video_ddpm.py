@@ -51,7 +51,7 @@ from training.state import (
     to_checkpoint,
     update_ema,
 )
-from training.trackers import TRACKERS, open_tracker, resolve_logger
+from training.trackers import TRACKERS, check_logger, open_tracker
 from training.validation import measure_scale, preview, validate
 from utils import distributed, flags
 from utils.checkpoint import load_checkpoint
@@ -86,7 +86,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("data").add_argument
     add("--data_root", type=flags.nonempty_path, help="folder of MP4 files; None = built-in clips, rendered once")
     add("--val_ratio", type=flags.fraction, default=0.01, help="share of files held out, unless folders split them")
-    add("--max_videos", type=positive_int, help="use at most so many files in all; None = every file")
+    most = "use at most so many files in all; None = every file"
+    add("--max_videos", type=integer_up_to(2**31 - 1, low=2), help=most)
     add("--num_workers", type=non_negative_int, default=4, help="loading processes; 0 = load in the main one")
     add("--cache_videos", **switch(False), help="decode every video once into a memory-mapped file in --cache_dir")
     add("--cache_dir", type=flags.nonempty_path, default="outputs/cache", help="folder of file index and cached frames")
@@ -158,8 +159,9 @@ def build_parser() -> Parser:
     add("--log_every", type=positive_int, default=20, help="steps between lines of metrics.jsonl")
     add("--save_every", type=non_negative_int, default=0, help="steps between saves of last.pt; 0 = once an epoch")
     add("--save_minutes", type=non_negative_float, default=0.0, help="minutes between saves of last.pt; 0 = none")
+    for flag, name in (("--tensorboard", "tensorboard"), ("--no-tensorboard", "none")):
+        add(flag, dest="logger", action="store_const", const=name, default="none", help=f"the same as --logger {name}")
     add("--logger", choices=("none", *TRACKERS), default="none", help="package that also gets numbers and previews")
-    add("--tensorboard", **switch(False), help="the same as --logger tensorboard")
     add("--log_dir", help="folder of TensorBoard's or wandb's files; None = below --out_dir")
     return parser
 
@@ -205,8 +207,10 @@ def resolve_args(
     if checkpoint and checkpoint["model_config"] != config:
         differing = sorted(name for name, value in checkpoint["model_config"].items() if config.get(name) != value)
         raise ValueError(f"{source or args.init}: its network is not that of the flags (they differ in {differing})")
-    args.logger = resolve_logger(args.logger, args.tensorboard)
+    check_logger(args.logger)
     args.residual_scale = resolve_scale(args.predictor, args.residual_scale)
+    if args.dry_run:  # of its two steps one is the predictor's
+        args.predictor_steps = min(args.predictor_steps, 1)
     if args.predictor != "none" and args.dynamic_threshold:
         raise ValueError("--dynamic_threshold must be off with --predictor, whose residuals have no range")
     if (missing := missing_package(args.predictor)) is not None:
@@ -218,8 +222,6 @@ def resolve_args(
     middle_length(as_pair(args.num_frames)[0], args.endpoint_context)
     build_model(config, "meta")  # refuses what cannot be built
     check_size(args.size, 2 ** len(args.channel_mults))
-    if args.max_videos == 1:
-        raise ValueError("--max_videos must be at least 2, one file for each split (got 1)")
     if args.vis_every and args.vis_steps > args.timesteps:
         raise ValueError(f"--vis_steps must be at most --timesteps {args.timesteps} (got {args.vis_steps})")
     return args, checkpoint, source
@@ -452,24 +454,22 @@ def main(argv: list[str] | None = None) -> int:
     0 = done, 1 = diverged or lost another process, 2 = wrong input, 128 + n = stopped by signal n.
     """
     parser = build_parser()
-    try:
-        with distributed.watch_peers("--resume goes on from the last save, if there is one"), explain_oom(OOM_REMEDY):
-            status = train(*resolve_args(parser, argv))
-            distributed.cleanup()
-            return status
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except (FloatingPointError, distributed.PeerLostError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        reason = "too little memory for --num_workers, or a video that crashes its decoder"
-        parser.exit(1, f"{parser.prog}: a loading process was killed: {reason}; --resume goes on from the last save\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped at once, without saving\n")
-    finally:
-        distributed.kill_loading_processes()
+    resume = "--resume goes on from the last save"
+    with parser.one_line_end("stopped at once, without saving"):
+        try:
+            with distributed.watch_peers(f"{resume}, if there is one"), explain_oom(OOM_REMEDY):
+                status = train(*resolve_args(parser, argv))
+                distributed.cleanup()
+                return status
+        except FloatingPointError as error:
+            raise flags.BrokenRunError(str(error)) from error
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            reason = "too little memory for --num_workers, or a video that crashes its decoder"
+            raise flags.BrokenRunError(f"a loading process was killed: {reason}; {resume}") from error
+        finally:
+            distributed.kill_loading_processes()
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ def original_step(args: argparse.Namespace, device: torch.device) -> Callable[[]
         noise = sample_training_noise(middle, args.timesteps, generator, args.cfg_drop_prob, config)
         start, end = drop_contexts(start, end, noise.dropped)
         with autocast(device, amp_dtype):
-            terms = diffusion_loss(model, schedule, start, middle, end, noise.t, noise.eps, args.temporal_loss_weight)
-            loss = terms.total.mean()
+            losses = diffusion_loss(model, schedule, start, middle, end, noise.t, noise.eps, args.temporal_loss_weight)
+            loss = losses.mean()
         state.scaler.scale(loss).backward()
         state.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)

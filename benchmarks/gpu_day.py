@@ -144,7 +144,7 @@ def check_agreement(args: argparse.Namespace, device: torch.device) -> None:
         shape = (2, 3, 8, settings.size, settings.size)
         start, middle, end = split_clip(torch.rand(shape, generator=generator).to(where) * 2 - 1, 2)
         eps, t = torch.randn(middle.shape, generator=generator).to(where), torch.tensor([100, 800], device=where)
-        loss = diffusion_loss(model, schedule, start, middle, end, t, eps, 0.05).total.mean()
+        loss = diffusion_loss(model, schedule, start, middle, end, t, eps, 0.05).mean()
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu()
         pipe = MiddleFramePipeline(model.eval(), schedule, vars(settings), predictor="learned", residual_scale="pixel")
@@ -283,16 +283,15 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 all is done, 1 something is left or failed, 2 wrong input."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        if args.check:
-            check = {"agreement": check_agreement, "synchronisation": check_synchronisation}[args.check]
+    with parser.one_line_end("stopped; the same command goes on"):
+        if not args.check:
+            return 0 if run(args) else 1
+        check = {"agreement": check_agreement, "synchronisation": check_synchronisation}[args.check]
+        try:
             check(args, resolve_device(args.device))
-            return 0
-        return 0 if run(args) else 1
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except AssertionError as error:
-        parser.exit(1, f"FAILED: {error}\n")
+        except AssertionError as error:
+            parser.exit(1, f"FAILED: {error}\n")
+    return 0
 
 
 if __name__ == "__main__":

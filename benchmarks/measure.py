@@ -37,12 +37,10 @@ def add_common_flags(parser: Parser, rounds: int) -> None:
 def run_benchmark(parser: Parser, benchmark: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
     """Parse flags and run; what the user can mend is one line. Returns the exit status."""
     args = parser.parse_args(argv)
-    try:
+    with parser.one_line_end():
         if args.threads:
             torch.set_num_threads(args.threads)
         benchmark(args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     return 0
 
 

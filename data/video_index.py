@@ -252,11 +252,9 @@ def usable_videos(
 
 
 def share_limit(max_videos: int | None, train: int, val: int) -> tuple[int, int]:
-    """--max_videos divided between both sides in proportion, with at least one for each that has files."""
+    """--max_videos, at least 2, divided between both sides in proportion, with at least one for each with files."""
     if max_videos is None or max_videos >= train + val:
         return train, val
-    if max_videos < 2:
-        raise ValueError(f"--max_videos must be at least 2, one file for each split (got {max_videos})")
     for_val = min(max(1, round(max_videos * val / (train + val))), max_videos - 1) if val else 0
     return max_videos - for_val, for_val
 

@@ -16,14 +16,6 @@ LOWEST_LOG_ERROR = -7.0  # of a predictor: taken off, so that no loss is negativ
 VALIDATION_PAIRS = 64  # at least so many (clip, t) pairs, so that few clips still cover the noise levels
 
 
-class LossTerms(NamedTuple):
-    """Per-clip losses, each [B] float32; `total` is what training averages and differentiates."""
-
-    total: Tensor
-    v_mse: Tensor
-    temporal_l1: Tensor
-
-
 class TrainingNoise(NamedTuple):
     """What one training step draws."""
 
@@ -78,13 +70,13 @@ def diffusion_loss(
     t: Tensor,  # diffusion index per clip, [B] long; ValueError for another shape
     eps: Tensor,  # noise, [B,C,M,H,W]
     temporal_loss_weight: float = 0.0,
-) -> LossTerms:
+) -> Tensor:
     """MSE on v plus temporal_loss_weight * `temporal_l1`, per clip, in float32 whatever the network computed in."""
     x_t = schedule.add_noise(middle, eps, t)
     v_hat = model(x_t, t, start_context, end_context).float()
     v_mse = (v_hat - schedule.v_from(middle, eps, t)).square().flatten(1).mean(1)  # [B]
     motion = temporal_l1(schedule.x0_from_v(x_t, v_hat, t), middle)  # [B]
-    return LossTerms(v_mse + temporal_loss_weight * motion, v_mse, motion)
+    return v_mse + temporal_loss_weight * motion
 
 
 def predictor_loss(predictor: nn.Module, start_context: Tensor, middle: Tensor, end_context: Tensor) -> Tensor:
@@ -127,7 +119,7 @@ def validation_sum(
             t = torch.tensor([int((n + 0.5) / pairs * schedule.timesteps) for n in strata], device=middle.device)
             generators = [generator_for(seed, VALIDATION, n) for n in strata]
             eps = sample_noise(middle.shape[1:], generators, middle.device, noise)
-            terms = diffusion_loss(model, schedule, start, middle, end, t, eps, temporal_loss_weight)
-            total += terms.total.sum().item()
+            losses = diffusion_loss(model, schedule, start, middle, end, t, eps, temporal_loss_weight)
+            total += losses.sum().item()
         seen += len(middle)
     return total, draws * seen

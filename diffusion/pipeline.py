@@ -15,9 +15,10 @@ from torch import Tensor
 from diffusion.hierarchy import Levels, fill_gap, plan_levels
 from diffusion.noise import WHITE, NoiseConfig, generators_per_clip
 from diffusion.residual import Prediction, Predictor
-from diffusion.sampler import check_sampler, is_guided, sample_middle, visited_timesteps
+from diffusion.sampler import SAMPLERS, SPACINGS, check_sampler, is_guided, sample_middle, visited_timesteps
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D, build_model, check_size
+from utils import flags
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.device import autocast, choose_amp_dtype, resolve_device
 from utils.distributed import print0
@@ -161,9 +162,9 @@ class MiddleFramePipeline:
         return (frames[None] if frames.dim() == 4 else frames).to(self.device)
 
     def plan(self, num_middle: int) -> Levels:
-        """The passes in which a gap is filled, see `plan_levels`; ValueError unless the model was trained on ranges."""
+        """The passes that fill a gap, see `plan_levels`; ValueError unless the model was trained on a range."""
         if not self.model.timed:
-            raise ValueError("hierarchy may be used with a model trained on ranges of --T and --frame_stride alone")
+            raise ValueError("hierarchy may be used with a model trained on a range of --T or --frame_stride alone")
         return plan_levels(num_middle, middle_length(self.clip_config["num_frames"], self.endpoint_context))
 
     def __call__(
@@ -309,10 +310,10 @@ def sampler_settings(default: str | None = None, preset: str | None = None, **gi
     return SAMPLER_PRESETS[chosen] | given
 
 
-def settings_grid(flags: Mapping[str, Any], default: str | None = None) -> list[dict[str, Any]]:
+def settings_grid(given: Mapping[str, Any], default: str | None = None) -> list[dict[str, Any]]:
     """Every combination of a script's sampler flags, of which lists are alternatives; see `sampler_settings`."""
-    values = {name: flags[name] for name in ("preset", *SETTINGS, "clip_x0", "dynamic_threshold")}
-    values["guidance_interval"] = tuple(flags["guidance_interval"] or ()) or None  # a pair is one value
+    values = {name: given[name] for name in ("preset", *SETTINGS, "clip_x0", "dynamic_threshold")}
+    values["guidance_interval"] = tuple(given["guidance_interval"] or ()) or None  # a pair is one value
     alternatives = [value if isinstance(value, list) else [value] for value in values.values()]
     combinations = (dict(zip(values, combination, strict=True)) for combination in product(*alternatives))
     grid = [sampler_settings(default, **combination) for combination in combinations]
@@ -338,3 +339,38 @@ def forwards_per_clip(timesteps: int, settings: Mapping[str, Any]) -> int:
     visited = visited_timesteps(timesteps, settings["steps"], settings["spacing"])
     guidance = settings["guidance_scale"], settings["guidance_interval"]
     return len(visited) + sum(is_guided(t, timesteps, *guidance) for t in visited)
+
+
+def add_sampler_flags(group: argparse._ArgumentGroup, several: bool = False) -> None:
+    """The flags that say how middle frames are sampled.
+
+    With `several`, --preset, --sampler, --steps and --guidance_scale take any number of values.
+    """
+    add, grid = group.add_argument, {"nargs": "+"} if several else {}
+    each = "; several values = every combination" if several else ""
+    described = "; ".join(f"{name} = {describe_settings(settings)}" for name, settings in SAMPLER_PRESETS.items())
+    others = "--sampler, --steps, --spacing, --guidance_scale, --guidance_interval or --eta"
+    preset = f"sampler settings that go together: {described}; None = refine for a model with a predictor, else fast,"
+    preset += f" or reference where {others} is given"
+    add("--preset", choices=tuple(SAMPLER_PRESETS), **grid, help=preset)
+    sampler = f"ddim, or dpmpp_2m: second order, DPM-Solver++(2M); None = the preset's{each}"
+    add("--sampler", choices=SAMPLERS, **grid, help=sampler)
+    steps = "sampler steps, 0 = the prediction of a refining model alone"
+    add("--steps", type=flags.non_negative_int, **grid, help=f"{steps}; None = the preset's{each}")
+    spacing = "linspace = evenly, quadratic = closer together towards clean frames, trailing = evenly, ending a stride"
+    add("--spacing", choices=SPACINGS, help=f"timesteps visited: {spacing} above clean; None = the preset's")
+    scale = "weight of the contexts: 1 = plain conditional (one forward per step), above 1 = guided, 0 = ignored"
+    add("--guidance_scale", type=flags.non_negative_float, **grid, help=f"{scale}; None = the preset's{each}")
+    interval = "guide between these shares of the noise schedule only, 0 = clean, 1 = noise; None = the preset's"
+    passes = "fill long gaps in passes, keyframes first, none longer than the training's clips"
+    add("--hierarchy", action="store_true", help=f"{passes}; for models trained on a range of --T or --frame_stride")
+    add("--guidance_interval", type=flags.probability, nargs=2, metavar=("LO", "HI"), help=interval)
+    add("--eta", type=flags.probability, help="0 = deterministic .. 1 = DDPM's noise, ddim only; None = the preset's")
+    add("--seed", type=flags.seed_int, default=0, help="seed of the noise, per clip and sample")
+    add("--clip_x0", **flags.switch(True), help="clip clean predictions to the range of pixels at every step")
+    threshold = "scale clean predictions by a percentile instead of clipping them"
+    add("--dynamic_threshold", **flags.switch(False), help=threshold)
+    batch = "clips per forward pass; lower it on OOM. Results depend on it by rounding only"
+    add("--batch_size", type=flags.positive_int, default=8, help=batch)
+    add("--amp", **flags.switch(True), help="bf16 autocast on a GPU that has it; does nothing elsewhere")
+    add("--compile", **flags.switch(False), help="compile the network: a minute or more at the start, for many clips")

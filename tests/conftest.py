@@ -1,6 +1,7 @@
 """Shared makings: MP4 files whose pictures say their own frame number, and a tiny dataset and training run."""
 
 import os
+import signal
 
 import av
 import numpy as np
@@ -125,3 +126,34 @@ def tiny_checkpoint(root, videos, *flags):
 def ckpt(tmp_path_factory, square_videos):
     """A checkpoint trained on the square videos, 16x16."""
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), square_videos)
+
+
+def run(out_dir, flags="", *given, status=0, stop=None, by=signal.SIGTERM):
+    """Train in this process and check the exit status; a signal comes right after the step `stop`, as of a terminal."""
+    step = train_video_ddpm.train_step
+
+    def step_then_signal(state, *rest):
+        step(state, *rest)
+        if state.step == stop:
+            signal.raise_signal(by)
+
+    given = ["--out_dir", out_dir, "--cache_dir", out_dir.parent / "cache", *given, *words(flags)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_video_ddpm, "train_step", step_then_signal)
+        try:
+            result = train_video_ddpm.main(list(map(str, given)))
+        except SystemExit as left:
+            result = left.code
+    assert result == (128 + by if stop else status)
+    return out_dir
+
+
+@pytest.fixture
+def train(square_videos, tmp_path):
+    """A function that trains a tiny run of that name on the square videos; without previews, unless the flags ask."""
+
+    def start(name, flags="", **how):
+        tiny = ["--data_root", square_videos, *TINY_FLAGS, "--vis_every", "0", *words(flags)]
+        return run(tmp_path / name, "", *tiny, **how)
+
+    return start

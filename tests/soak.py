@@ -560,7 +560,7 @@ def clips(count, folder, seed=0, bad_share=0.05, epochs=2):
 
 
 def by_the_rule(seed, epoch, i, names, broken, lengths):
-    """The file and the first frame of a clip of 8, by the rule that the README states, written down anew."""
+    """The file and the first frame of a clip of 8, by the rule of docs/reliability.md, written down anew."""
     draw = lambda words: int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big")  # noqa: E731
     for attempt in range(8):
         number = draw(f"{seed},{epoch},{i},{attempt}")

@@ -67,7 +67,7 @@ def test_scripts_fill_long_gaps_with_a_model_of_ranges_alone(square_videos, ckpt
         with pytest.raises(SystemExit) as left:
             main(["--ckpt", str(ckpt), "--out_dir", str(tmp_path / "no"), *common, "--hierarchy"])
         error = capsys.readouterr().err
-        assert left.value.code == 2 and "--hierarchy may be used with a model trained on ranges" in error
+        assert left.value.code == 2 and "--hierarchy may be used with a model trained on a range" in error
 
 
 def test_a_long_gap_is_a_function_of_its_seed(square_videos, tmp_path):

@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_checkpoint, words
-from test_training import all_finite, last, run
+from conftest import run, tiny_checkpoint, words
+from soak import same
+from test_training import all_finite, last
 
 import evaluate_video_ddpm
 import sample_video_ddpm
@@ -33,18 +34,6 @@ def noise(*shape, seed=0):
 
 def contexts(b=2, k=2, size=16):
     return noise(b, 3, 2 * k, size, size).split(k, dim=2)
-
-
-@pytest.fixture
-def train(square_videos, tmp_path):
-    """A function that trains a tiny run of that name on the square videos; without previews, unless the flags ask."""
-
-    def start(name, flags="", **how):
-        tiny = words("--size 16 --base_channels 12 --channel_mults 1 2 --res_blocks 1 --temporal_attn_levels 1")
-        tiny += words("--batch_size 2 --num_workers 0 --vis_steps 2 --lr 1e-3 --vis_every 0")
-        return run(tmp_path / name, "", "--data_root", square_videos, *tiny, *words(flags), **how)
-
-    return start
 
 
 @pytest.fixture(scope="module")
@@ -191,14 +180,6 @@ def test_resuming_is_exact_on_either_side_of_the_predictors_end(train, optimizer
     a, b = last(straight), last(stopped)
     for key in words("step history best_val_loss lr_scheduler model ema optimizer diffusion_config"):
         assert same(a[key], b[key]), key
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return a == b
 
 
 def test_the_predictor_learns_first_and_alone_and_is_then_fixed_at_its_average(train, monkeypatch):

@@ -100,8 +100,6 @@ def test_max_videos_limits_the_total_and_keeps_both_sides(make_mp4, prepare):
     small, large = prepare(max_videos=6)[0], prepare(max_videos=12)[0]
     assert set(names(small)) <= set(names(large))
     assert share_limit(None, 7, 3) == (7, 3)
-    with pytest.raises(ValueError, match="--max_videos must be at least 2"):
-        share_limit(1, 7, 3)
 
 
 def test_max_videos_looks_past_bad_files_and_no_further_than_needed(make_mp4, prepare):

@@ -17,19 +17,19 @@ import re
 import struct
 import sys
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from av import FFmpegError
 from tqdm import tqdm
 
 if __package__ in (None, ""):  # run as a file: Python then looks beside it only, not in the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.video_reader import DECODE_ERRORS, probe_video, read_frames
+from data.video_reader import probe_video, read_frames
 from tools.processes import map_in_processes
 from utils.flags import Parser, nonempty_path, positive_int
 from utils.io import save_mp4
@@ -187,7 +187,7 @@ class Task(NamedTuple):
 def convert(task: Task) -> list[tuple[str, str]]:
     """Convert one file; returns every record's name with CONVERTED, THERE_BEFORE or why it was skipped.
 
-    Raises: OSError or av.FFmpegError: if a clip cannot be written.
+    Raises: OSError: if a clip cannot be written.
     """
     task.folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
@@ -228,6 +228,8 @@ def write_clip(target: Path, record: bytes, view: str) -> str:
         if not torch.equal(decoded, clip):
             return "the encoded clip differs from its source: this build of FFmpeg is not lossless"
         temporary.replace(target)
+    except FFmpegError as error:
+        raise OSError(f"{target} cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
     return CONVERTED
@@ -271,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     counts = {CONVERTED: 0, THERE_BEFORE: 0, "skipped": 0}
-    try:
+    with parser.one_line_end("stopped; the same command goes on where it was"):
         tasks = find_tasks(Path(args.source), Path(args.out_dir), args.view)
         total = sum(count_records(task.source) for task in tasks)
         outcomes = chain.from_iterable(map_in_processes(convert, tasks, args.workers))
@@ -279,10 +281,6 @@ def main(argv: list[str] | None = None) -> int:
             counts[outcome if outcome in counts else "skipped"] += 1
             if outcome not in counts:
                 tqdm.write(f"skipped {record}: {outcome}", file=sys.stderr)
-    except (*DECODE_ERRORS, BrokenProcessPool) as error:
-        parser.error(f"{error}")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command goes on where it was\n")
     print(f"{args.out_dir}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     if not counts[CONVERTED] + counts[THERE_BEFORE]:
         parser.error(f"--source {args.source}: no record could be converted")

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 reported, whatever is wrong, 2 wrong input."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.one_line_end():
         paths = find_videos(args.data_root)
         if not paths:
             raise ValueError(f"--data_root {args.data_root}: there is no MP4 file below it")
@@ -68,10 +68,6 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join([*(f"{name}: {what}" for name, what in problems.items()), *summary(videos, span)]))
         if args.json:
             save_json(args.json, problems)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped\n")
     return 0
 
 

@@ -52,11 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 2 wrong input."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.one_line_end():
         for file in export(args.ckpt, Path(args.out), args.overwrite):
             print(f"{file}: {file.stat().st_size / 1e6:.2f} MB, sha256 {file_sha256(file)}")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     return 0
 
 

@@ -4,7 +4,10 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from utils.flags import BrokenRunError
 
 
 def map_in_processes(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Iterator[Any]:
@@ -12,7 +15,7 @@ def map_in_processes(function: Callable[[Any], Any], tasks: Sequence[Any], worke
 
     Ctrl-C ends it after the tasks in hand. Processes start afresh, as OpenGL and torch's threads do not survive a fork.
 
-    Raises: whatever the function raises; BrokenProcessPool (a RuntimeError) if a process is killed.
+    Raises: whatever the function raises; BrokenRunError if a process is killed.
     """
     if workers <= 1 or len(tasks) < 2:
         yield from map(function, tasks)
@@ -21,5 +24,7 @@ def map_in_processes(function: Callable[[Any], Any], tasks: Sequence[Any], worke
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield from pool.map(function, tasks)
+    except BrokenProcessPool as error:
+        raise BrokenRunError(str(error)) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -29,7 +29,7 @@ if __package__ in (None, ""):  # run as a file: Python then looks beside it only
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools.processes import map_in_processes
-from utils.flags import Parser, non_negative_int, nonempty_path, positive_int
+from utils.flags import BrokenRunError, Parser, non_negative_int, nonempty_path, positive_int
 from utils.io import atomic_write, save_mp4
 
 FRAMES, SIZE, FPS = 30, 64, 10
@@ -289,7 +289,7 @@ class Scene:
     def clip(self, seed: int) -> tuple[ndarray, tuple]:
         """The frames of a seed, uint8 [T,H,W,3], and its entry in the index: all COLUMNS but the first.
 
-        Raises: RuntimeError: if its physics blew up ten times.
+        Raises: BrokenRunError: if its physics blew up ten times.
         """
         for attempt in range(ATTEMPTS):
             rng = np.random.default_rng([20240, seed] + [attempt] * (attempt > 0))
@@ -306,7 +306,7 @@ class Scene:
                 travel = sum(float(np.hypot(*(self.object_place(i) - place))) for i, place in before.items())
                 entry = (seed, policy, len(self.present), round(travel, 4), round(float(speed), 4), attempt)
                 return np.stack(frames), entry
-        raise RuntimeError(f"the clip of seed {seed} diverged {ATTEMPTS} times")
+        raise BrokenRunError(f"the clip of seed {seed} diverged {ATTEMPTS} times")
 
 
 class Hand:
@@ -411,7 +411,7 @@ def render(task: tuple[Path, int]) -> tuple:
         atexit.register(scene.renderer.close)  # while OpenGL is still there
     frames, entry = scene.clip(seed)
     whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_mp4(whole, torch.from_numpy(frames).permute(3, 0, 1, 2), FPS, crf=12, preset="slow")
+    save_mp4(whole, torch.from_numpy(frames).permute(3, 0, 1, 2), FPS, preset="slow")
     whole.replace(path)
     return path.name, *entry
 
@@ -465,15 +465,11 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 2 wrong input or nothing to render with."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.one_line_end("stopped; the same command goes on where it was"):
         check_setup()
         for side, count, first in (("train", args.train, 0), ("test", args.test, TEST_SEED)):
             if count:
                 render_folder(Path(args.out_dir) / side, range(first, first + count), args.workers)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command goes on where it was\n")
     print(f"{args.out_dir}: {args.train} clips in train, {args.test} in test")
     return 0
 

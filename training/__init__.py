@@ -1,1 +1,1 @@
-"""What a run needs beside network and loss: state, optimiser, validation, checkpoints, log, several processes."""
+"""What a run needs beside network and loss: state, optimiser, kinds of clips, presets, validation, checkpoints, log."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from training.state import TrainingState, check_resumable
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.distributed import print0
 from utils.io import remove_stale_temporaries
 
 
@@ -91,7 +92,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path]:
             failures.append(error)
             continue
         if failures:
-            print(f"WARNING: {failures[0]}: going on from {path}, step {checkpoint['step']}", file=sys.stderr)
+            print0(f"WARNING: {failures[0]}: going on from {path}, step {checkpoint['step']}", file=sys.stderr)
         return checkpoint, path
     raise failures[0]
 

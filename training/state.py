@@ -135,7 +135,7 @@ class TrainingState:
         if args.max_steps and not args.dry_run:
             self.total_steps = min(self.total_steps, args.max_steps)
         if self.predictor_steps >= max(1, self.total_steps) and not self.finished:
-            steps = f"the {self.total_steps} steps of the run, as refining needs some"
+            steps = f"the {self.total_steps} steps of the run, as refining needs some; more --epochs make it longer"
             raise ValueError(f"--predictor_steps must be below {steps} (got {self.predictor_steps})")
         self.plan_lr(args, self.lr_schedule)
 
@@ -224,7 +224,7 @@ def init_state(
     optimizer = make_optimizer(model, args.optimizer, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     threshold = divergence_threshold(args.noise_offset, args.temporal_loss_weight, args.residual_scale)
-    alone = 0 if args.predictor != "learned" else 1 if args.dry_run else args.predictor_steps
+    alone = args.predictor_steps if args.predictor == "learned" else 0
     parts = (model.train(), model, ema, optimizer, scaler, TrainMetrics(device, threshold))
     return TrainingState(*parts, alone, args.residual_scale)
 
@@ -332,7 +332,7 @@ def loss_per_clip(
     """
     if state.predicting:
         return predictor_loss(network, *inputs)
-    return diffusion_loss(network, schedule, *inputs, weight).total
+    return diffusion_loss(network, schedule, *inputs, weight)
 
 
 @torch.no_grad()

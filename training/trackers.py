@@ -12,18 +12,11 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "middle-frame-video"
 
 
-def resolve_logger(name: str, tensorboard: bool) -> str:
-    """The one of TRACKERS that --logger and --tensorboard ask for, or "none".
-
-    Raises: ValueError: if they ask for two, or its package is not installed.
-    """
-    if tensorboard and name not in ("none", "tensorboard"):
-        raise ValueError(f"--logger must be tensorboard beside --tensorboard (got {name})")
-    name = "tensorboard" if tensorboard else name
+def check_logger(name: str) -> None:
+    """Raises: ValueError: if the package of one of TRACKERS, or "none", is not installed."""
     spec = None if name == "none" else find_spec(name)
     if name != "none" and (spec is None or spec.loader is None):  # a folder of that name is no package
         raise ValueError(f"--logger {name} needs the package {name}: pip install {name}")
-    return name
 
 
 def open_tracker(args: argparse.Namespace, out_dir: Path, step: int) -> "Tracker | None":

@@ -1,1 +1,1 @@
-"""Pure tensor functions on clips, bytes on disk, checkpoints, and flag types; imports nothing of the project."""
+"""Pure tensor functions on clips, bytes on disk, checkpoints, flags, devices, processes; imports no other room."""

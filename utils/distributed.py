@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.flags import BrokenRunError
+
 # A process that dies closes its connections, which the others see at once. These bounds are for a machine that
 # vanishes without a word, and for the first look at a large data folder, during which the others wait.
 STEP_TIMEOUT = timedelta(minutes=30)
@@ -27,7 +29,7 @@ PREPARATION_GROUP: list[dist.ProcessGroup] = []  # of the one run of this proces
 LOST_PEER_SIGNS = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo/transport", "nccl")
 
 
-class PeerLostError(RuntimeError):
+class PeerLostError(BrokenRunError):
     """Another process of the run ended or fell silent."""
 
 

@@ -6,10 +6,15 @@ Each type is what argparse calls on the text of a flag; the range is part of its
 import argparse
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 UNSET = object()
+
+
+class BrokenRunError(RuntimeError):
+    """Ends a program by no fault of its input; the message is the line that says why."""
 
 
 def ranged(kind: type, rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -95,6 +100,18 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"{self.stored_in}: its args hold no valid value: {message}")
         self.exit(2, f"{self.prog}: error: {' '.join(self.in_flags(message).split())}\n")
 
+    @contextmanager
+    def one_line_end(self, stopped: str = "stopped") -> Iterator[None]:
+        """Around a program's body: what the user can mend ends it with status 2, what broke with 1, Ctrl-C with 130."""
+        try:
+            yield
+        except BrokenRunError as error:
+            self.exit(1, f"{self.prog}: {error}\n")
+        except (ValueError, OSError) as error:
+            self.error(str(error))
+        except KeyboardInterrupt:
+            self.exit(130, f"{stopped}\n")
+
     def in_flags(self, message: str) -> str:
         """In "NAME must ..." or "NAME may ...", replace NAME and all names with a "_", as "num_frames" by "--T"."""
         flags = {action.dest: action.option_strings[0] for action in self._actions}
@@ -156,52 +173,7 @@ def add_clip_flags(group: argparse._ArgumentGroup) -> None:
     """What a clip is made of; each is the checkpoint's unless given."""
     add = group.add_argument
     add("--T", dest="num_frames", type=positive_int, help="frames per clip; may differ from training")
-    add(
-        "--size",
-        **one_or_two("PIXELS"),
-        help="side of squares, or height and width; may differ from training",
-    )
+    add("--size", **one_or_two("PIXELS"), help="side of squares, or height and width; may differ from training")
     add("--frame_stride", type=positive_int, help="source frames from one clip frame to the next")
     add("--endpoint_context", type=positive_int, help="observed frames K at each end; fixed by training")
     add("--color_mode", choices=("rgb", "gray"), help="3 channels or 1; fixed by training")
-
-
-def add_sampler_flags(
-    group: argparse._ArgumentGroup,
-    samplers: Sequence[str],
-    spacings: Sequence[str],
-    presets: Mapping[str, str],
-    several: bool = False,
-) -> None:
-    """How middle frames are sampled; `presets` maps each to its description.
-
-    With `several`, --preset, --sampler, --steps and --guidance_scale take any number of values.
-    """
-    add, grid = group.add_argument, {"nargs": "+"} if several else {}
-    each = "; several values = every combination" if several else ""
-    described = "; ".join(f"{name} = {description}" for name, description in presets.items())
-    others = "--sampler, --steps, --spacing, --guidance_scale, --guidance_interval or --eta"
-    preset = f"sampler settings that go together: {described}; None = refine for a model with a predictor, else fast,"
-    preset += f" or reference where {others} is given"
-    add("--preset", choices=tuple(presets), **grid, help=preset)
-    sampler = f"ddim, or dpmpp_2m: second order, DPM-Solver++(2M); None = the preset's{each}"
-    add("--sampler", choices=tuple(samplers), **grid, help=sampler)
-    steps = "sampler steps, 0 = the prediction of a refining model alone"
-    add("--steps", type=non_negative_int, **grid, help=f"{steps}; None = the preset's{each}")
-    spacing = "linspace = evenly, quadratic = closer together towards clean frames, trailing = evenly, ending a stride"
-    add("--spacing", choices=tuple(spacings), help=f"timesteps visited: {spacing} above clean; None = the preset's")
-    scale = "weight of the contexts: 1 = plain conditional (one forward per step), above 1 = guided, 0 = ignored"
-    add("--guidance_scale", type=non_negative_float, **grid, help=f"{scale}; None = the preset's{each}")
-    interval = "guide between these shares of the noise schedule only, 0 = clean, 1 = noise; None = the preset's"
-    passes = "fill long gaps in passes, keyframes first, none longer than the training's clips"
-    add("--hierarchy", action="store_true", help=f"{passes}; for models trained on ranges of --T and --frame_stride")
-    add("--guidance_interval", type=probability, nargs=2, metavar=("LO", "HI"), help=interval)
-    add("--eta", type=probability, help="0 = deterministic .. 1 = DDPM's noise, ddim only; None = the preset's")
-    add("--seed", type=seed_int, default=0, help="seed of the noise, per clip and sample")
-    add("--clip_x0", **switch(True), help="clip clean predictions to the range of pixels at every step")
-    threshold = "scale clean predictions by a percentile instead of clipping them"
-    add("--dynamic_threshold", **switch(False), help=threshold)
-    batch = "clips per forward pass; lower it on OOM. Results depend on it by rounding only"
-    add("--batch_size", type=positive_int, default=8, help=batch)
-    add("--amp", **switch(True), help="bf16 autocast on a GPU that has it; does nothing elsewhere")
-    add("--compile", **switch(False), help="torch.compile the network: a minute or more at the start, for many clips")

@@ -86,13 +86,10 @@ def save_gif(path: str | Path, clip: Tensor, fps: float) -> None:
     iio.imwrite(path, frames_last(clip), plugin="pillow", extension=".gif", duration=1000 / fps, loop=0)
 
 
-def save_mp4(
-    path: str | Path, clip: Tensor, fps: int, crf: int = 12, preset: str = "veryfast", lossless: bool = False
-) -> None:
+def save_mp4(path: str | Path, clip: Tensor, fps: int, preset: str = "veryfast", lossless: bool = False) -> None:
     """Write a uint8 clip [C,T,H,W] as H.264; a preview for eyes, since its colours are subsampled where sizes are even.
 
     Args:
-        crf: x264's constant rate factor, 0 (best) .. 51.
         preset: x264's, from "ultrafast" to "placebo": slower ones lose less at the same size.
         lossless: keep every bit, in RGB; larger, and not every player shows it.
     """
@@ -102,7 +99,7 @@ def save_mp4(
         stream.height, stream.width = frames.shape[1:3]
         odd = frames.shape[1] % 2 or frames.shape[2] % 2
         stream.pix_fmt = "rgb24" if lossless else "yuv444p" if odd else "yuv420p"
-        quality = {"qp": "0"} if lossless else {"crf": str(crf)}
+        quality = {"qp": "0"} if lossless else {"crf": "12"}
         # x264's macroblock tree reads past the rows of frames as narrow as ours: the same clip then gives other bytes
         stream.options = quality | {"preset": preset, "threads": "1", "mbtree": "0"}
         for frame in frames:
