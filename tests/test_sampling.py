@@ -208,6 +208,7 @@ def wrong(pngs, tmp_path, ckpt):
         yield [*ends(pngs), "--ckpt", path], message
     yield ["--start_images", pngs[0], "--end_images", *pngs[2:]], "--start_images must be 2 images"
     yield ["--start_images", *pngs[:2]], "must be given together"
+    yield [*ends(pngs), "--num_clips", "2"], "--start_images must be given without --data_root and --num_clips"
     yield ["--middle_images", *pngs], "--middle_images needs --start_images and --end_images"
     yield [*ends(pngs), "--middle_images", pngs[0]], "--middle_images must be 4 images, those between the ends (got 1)"
     yield ["--start_images", pngs[0], tmp_path / "no.png", "--end_images", *pngs[2:]], "no.png: no such image file"

@@ -731,6 +731,9 @@ def test_tensorboard_gets_scalars_and_previews(train, flag):
     assert events.Tags()["images"] == ["preview"]
     recorded = [line["val_loss"] for line in lines(out, "val")]
     assert [event.value for event in events.Scalars("val/val_loss")] == pytest.approx(recorded)
+    before = len(list((out / "tensorboard").iterdir()))
+    run(out, "--resume --max_steps 3 --lr 1e-3 --no-tensorboard")
+    assert len(list((out / "tensorboard").iterdir())) == before
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
