@@ -257,7 +257,7 @@ WRONG = [
     ("--residual_scale 0.3", "--residual_scale must be left out with predictor none (got 0.3)"),
     ("--predictor cross_fade --residual_scale pixel", "must be a number or measured with predictor cross_fade"),
     ("--predictor learned --residual_scale measured", "must be a number or pixel with predictor learned"),
-    ("--predictor learned --predictor_steps 9 --max_steps 9", "below the 9 steps of the run, as refining needs some; more"),
+    ("--predictor learned --predictor_steps 9 --max_steps 9", "below the 9 steps of the run"),
     ("--predictor learned --predictor_width 9999", "--predictor_width must be an integer in [0, 4096] (got 9999)"),
     ("--predictor cross_fade --dynamic_threshold", "--dynamic_threshold must be off with --predictor"),
     ("--predictor learned --residual_scale -1", "must be a number above 0 (got -1)"),
