@@ -34,6 +34,7 @@ if __package__ in (None, ""):  # run as a file: Python then looks beside it only
 
 import hostile as files
 import torch
+import torchvision.transforms.v2  # noqa: F401 (in what forks share, not in the time and memory of a trial)
 from conftest import TINY_FLAGS, write_squares
 
 import sample_video_ddpm
