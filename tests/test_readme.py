@@ -50,7 +50,9 @@ def commands():
 
 def lowered(script, arguments, videos):
     """The same command on small clips, for two steps: later flags win."""
-    few_steps = [*TINY_FLAGS, "--max_steps", "2", "--predictor_steps", "1"]
+    few_steps = ["--max_steps", "2", "--predictor_steps", "1"]
+    given_network = any(word.startswith("weights/") for word in arguments)
+    few_steps += ["--size", "16", "24", "--batch_size", "2", "--num_workers", "0"] if given_network else TINY_FLAGS
     two_clips = ["--num_videos", "2", "--num_samples", "2", "--baselines", "nearest", "cross_fade"]
     few = {
         "train_video_ddpm": ["--max_steps", "3"] if "--resume" in arguments else few_steps,
@@ -74,9 +76,12 @@ def python(*words, cwd=ROOT):
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
-# Runs scripts as `python script arguments` does, one after another in one process, as importing torch takes seconds.
+# Runs scripts as `python script arguments` does, one after another in one process, as importing torch takes seconds;
+# their validation tries few pairs.
 RUN_SCRIPTS = """
 import json, runpy, shlex, sys
+import diffusion.loss
+diffusion.loss.VALIDATION_PAIRS = 8
 for call in json.loads(sys.argv[1]):
     sys.argv = call
     try:
@@ -102,15 +107,24 @@ def test_every_command_of_the_pages_runs_in_order(square_videos, tmp_path):
     found = list(commands())
     counts = Counter(script for script, _ in found)
     assert set(counts) == set(SCRIPTS) and counts["train_video_ddpm.py"] == 20 and counts["evaluate_video_ddpm.py"] >= 4
-    skipped = set() if can_render() else {"tools/robot_pushing.py"}  # its own test says which packages it needs
+    skipped = {"benchmarks/bench_training.py"}  # the test below
+    skipped |= set() if can_render() else {"tools/robot_pushing.py"}  # its own test says which packages it needs
     calls = [lowered(script, arguments, square_videos) for script, arguments in found if script not in skipped]
     done = python("-c", RUN_SCRIPTS, json.dumps(calls), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    benchmarks = [f"benchmarks/{name}.json" for name in ("sampling", "training_demo", "first_step", "loading")]
+    benchmarks = [f"benchmarks/{name}.json" for name in ("sampling", "loading")]
     samples = ["demo_samples/clip_000_sample_000/sample.gif", "sample_motion_ctx2/sample.mp4"]
     for made in ("demo/last.pt", *samples, "evaluation/report.html", *benchmarks):
         assert (tmp_path / "outputs" / made).is_file()
     assert (tmp_path / "bair/videos_val/traj_0_to_255_0000.mp4").is_file()
+
+
+def test_every_benchmark_of_training_in_the_pages_runs(tmp_path):
+    calls = [lowered(script, arguments, "") for script, arguments in commands() if script.endswith("bench_training.py")]
+    done = python("-c", RUN_SCRIPTS, json.dumps(calls), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("training_demo", "first_step"):
+        assert (tmp_path / f"outputs/benchmarks/{name}.json").is_file()
 
 
 def test_the_commands_for_several_processes_run(square_videos, tmp_path):
