@@ -96,6 +96,11 @@ def test_the_core_needs_only_its_six_packages(name):
             assert module.split(".")[0] in CORE | LOCAL | sys.stdlib_module_names, module
 
 
+def test_torchvision_is_imported_where_frames_are_resized_and_not_by_every_start():
+    at_top = {name for name, tree in SOURCES.items() for module, top in imports(tree) if "torchvision" in module and top}
+    assert at_top == set()
+
+
 def test_requirements_are_the_six_packages():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert {line.split(">=")[0] for line in lines} == CORE

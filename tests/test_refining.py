@@ -257,7 +257,7 @@ WRONG = [
     ("--residual_scale 0.3", "--residual_scale must be left out with predictor none (got 0.3)"),
     ("--predictor cross_fade --residual_scale pixel", "must be a number or measured with predictor cross_fade"),
     ("--predictor learned --residual_scale measured", "must be a number or pixel with predictor learned"),
-    ("--predictor learned --predictor_steps 9 --max_steps 9", "below the 9 steps of the run"),
+    ("--predictor learned --predictor_steps 9 --max_steps 9", "--predictor_steps must be below the 9 steps of the run"),
     ("--predictor learned --predictor_width 9999", "--predictor_width must be an integer in [0, 4096] (got 9999)"),
     ("--predictor cross_fade --dynamic_threshold", "--dynamic_threshold must be off with --predictor"),
     ("--predictor learned --residual_scale -1", "must be a number above 0 (got -1)"),
@@ -269,6 +269,12 @@ def test_wrong_use_is_one_line_and_status_two(train, capsys, flags, message):
     train("a", flags, status=2)
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_of_a_dry_run_one_step_is_the_predictors_and_the_checkpoint_says_so(train):
+    out = train("a", f"{REFINE} --dry_run")
+    checkpoint = last(out / "dry_run")
+    assert (checkpoint["step"], checkpoint["args"]["predictor_steps"]) == (2, 1)
 
 
 def test_a_run_keeps_its_predictor(train, capsys):

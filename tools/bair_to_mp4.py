@@ -269,7 +269,7 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 2 wrong input or nothing converted."""
+    """Entry point; returns the exit status: 0 done, 1 a process was killed, 2 wrong input or nothing converted."""
     parser = build_parser()
     args = parser.parse_args(argv)
     counts = {CONVERTED: 0, THERE_BEFORE: 0, "skipped": 0}

@@ -13,7 +13,7 @@ PROJECT = "middle-frame-video"
 
 
 def check_logger(name: str) -> None:
-    """Raises: ValueError: if the package of one of TRACKERS, or "none", is not installed."""
+    """Refuse one of TRACKERS, or "none", whose package is not installed: ValueError, naming it."""
     spec = None if name == "none" else find_spec(name)
     if name != "none" and (spec is None or spec.loader is None):  # a folder of that name is no package
         raise ValueError(f"--logger {name} needs the package {name}: pip install {name}")

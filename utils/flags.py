@@ -102,7 +102,10 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def one_line_end(self, stopped: str = "stopped") -> Iterator[None]:
-        """Around a program's body: what the user can mend ends it with status 2, what broke with 1, Ctrl-C with 130."""
+        """Around a program's body, whose errors become one line on stderr and the exit status.
+
+        ValueError and OSError, what the user can mend, are status 2, BrokenRunError 1, Ctrl-C is `stopped` and 130.
+        """
         try:
             yield
         except BrokenRunError as error:

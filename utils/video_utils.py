@@ -39,7 +39,7 @@ def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def resize(frames: Tensor, size: Sequence[int]) -> Tensor:
-    """Frames [...,C,H,W], uint8 or float, at another height and width: bilinear, with antialiasing."""
+    """Frames [...,C,H,W], uint8 or float, at another height and width (`size`): bilinear, with antialiasing."""
     from torchvision.transforms.v2 import functional as transforms  # not at the start, of which it is two seconds
 
     return transforms.resize(frames, list(size), antialias=True)
