@@ -462,7 +462,7 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 a process killed or a clip diverged, 2 wrong input or no renderer."""
+    """Entry point; returns the exit status: 0 done, 1 a process or a clip broke, 2 wrong input or no renderer."""
     parser = build_parser()
     args = parser.parse_args(argv)
     with parser.one_line_end("stopped; the same command goes on where it was"):
