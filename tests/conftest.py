@@ -14,7 +14,9 @@ import utils.io
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.io import save_mp4
 
-torch.set_num_threads(1)  # tiny tensors: threads only cost, and spin where tests run beside each other
+# Of tiny tensors threads only cost, and spin where tests run beside each other; here, and in every process started.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def numbered_frames(count, height=64, width=64):

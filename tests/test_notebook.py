@@ -26,7 +26,6 @@ def test_the_notebook_runs_top_to_bottom_and_shows_its_pictures(tmp_path, monkey
     for name in ("weights", "examples", "train_video_ddpm.py"):
         (tmp_path / name).symlink_to(ROOT / name)  # so that it writes nothing into the repository
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     stored = nbformat.read(NOTEBOOK, as_version=4)
     ran = nbformat.read(NOTEBOOK, as_version=4)
     where = {"metadata": {"path": str(tmp_path)}}

@@ -692,8 +692,7 @@ def start(program, square_videos, tmp_path, flags):
     given = ["--data_root", square_videos, "--out_dir", tmp_path / "a", "--cache_dir", tmp_path / "cache", *TINY_FLAGS]
     command = [sys.executable, *program, *given, "--vis_every", "0", *words(flags)]
     said = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, start_new_session=True, env=environment, **said)
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, start_new_session=True, **said)
 
 
 def test_a_sigterm_to_the_whole_process_group_is_a_clean_stop_even_with_loading_processes(square_videos, tmp_path):
