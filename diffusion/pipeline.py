@@ -38,6 +38,7 @@ SAMPLER_PRESETS: dict[str, dict[str, Any]] = {
 PREDICTORS = ("none", "cross_fade", "learned", "flow", "rife")
 # Of a Laplace distribution the deviation is 1.4 mean absolute errors; 2 leaves room for outliers.
 ERRORS_PER_SCALE = 2.0
+PIXEL_LIMIT = 4.0  # scales, 8 mean errors: beyond is 1 pixel in 3,000 of that distribution, 1 in 100 of residuals
 LEFT_OUT = ("model", "ema", "optimizer", "rng")  # of what a checkpoint says of its training: the tensors
 Frames = Tensor | Sequence[Any]
 
@@ -269,7 +270,9 @@ def make_predictor(name: str, scale: float | str, model: VideoUNet3D) -> Predict
     @torch.no_grad()
     def learned(start: Tensor, end: Tensor, num_middle: int) -> Prediction:
         frames, log_error = model.predictor(start, end, num_middle)
-        return Prediction(frames.clamp(-1, 1), ERRORS_PER_SCALE * log_error.exp() if scale == "pixel" else scale)
+        if scale != "pixel":
+            return Prediction(frames.clamp(-1, 1), scale)
+        return Prediction(frames.clamp(-1, 1), ERRORS_PER_SCALE * log_error.exp(), PIXEL_LIMIT)
 
     return learned
 

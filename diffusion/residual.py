@@ -4,10 +4,12 @@
 
 Loss and sampler work on residuals as they work on frames, and know nothing of it. A scale near the predictor's error
 gives the residual about the variance of the noise; one per pixel keeps the noise away from where the predictor is sure.
+Where it is sure and wrong, residuals of hundreds of scales would outweigh all others in the loss, so they are cut.
 
 Source: Whang et al. 2022, arXiv:2112.02475 (initial predictor); Mardani et al. 2023, arXiv:2309.15214 (CorrDiff).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,13 +21,14 @@ class Prediction(NamedTuple):
 
     frames: Tensor | float = 0.0  # [B,C,M,H,W] in about [-1, 1]
     scale: Tensor | float = 1.0  # above 0, a number or [B,1,M,H,W]
+    limit: float = math.inf  # of residuals, in scales
 
     def to_residual(self, middle: Tensor) -> Tensor:
-        """What the guess misses of middle frames [B,C,M,H,W], in units of the scale."""
-        return (middle - self.frames) / self.scale
+        """What the guess misses of middle frames [B,C,M,H,W], in units of the scale, cut at the limit."""
+        return ((middle - self.frames) / self.scale).clamp(-self.limit, self.limit)
 
     def to_middle(self, residual: Tensor) -> Tensor:
-        """The middle frames [B,C,M,H,W] of a residual; the inverse of `to_residual`."""
+        """The middle frames [B,C,M,H,W] of a residual; within the limit the inverse of `to_residual`."""
         return self.frames + self.scale * residual
 
     @property

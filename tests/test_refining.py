@@ -54,6 +54,18 @@ def test_the_middle_of_a_residual_is_the_middle_again_and_its_range_that_of_fram
         torch.testing.assert_close(prediction.to_middle(bound), torch.full_like(middle, edge), rtol=0, atol=2e-6)
 
 
+def test_where_the_predictor_is_sure_and_wrong_the_residual_is_cut_and_nowhere_else(refining):
+    pipe = MiddleFramePipeline.from_checkpoint(refining, device="cpu")
+    prediction = pipe.predict(*contexts(), 4)
+    unit = noise(2, 3, 4, 16, 16, seed=3).clamp(-3.9, 3.9)
+    sure_and_wrong = torch.zeros_like(unit)
+    sure_and_wrong[..., 0, 0] = 100 * unit[..., 0, 0].sign()
+    residual = prediction.to_residual(prediction.to_middle(unit + sure_and_wrong))
+    expected = torch.where(sure_and_wrong != 0, 4 * sure_and_wrong.sign(), unit)
+    torch.testing.assert_close(residual, expected, rtol=0, atol=1e-4)  # float32 frames of about 1 in units of 0.1
+    assert make_predictor("learned", 0.3, pipe.model)(*contexts(), 4).limit == math.inf  # numbers are of all pixels
+
+
 def test_without_a_predictor_every_number_stays_as_it_is():
     middle = noise(2, 3, 4, 8, 8)
     nothing = make_predictor("none", 1.0, None)(*contexts(), 4)
