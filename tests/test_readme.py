@@ -106,7 +106,7 @@ def test_every_command_of_the_pages_runs_in_order(square_videos, tmp_path):
     write(tmp_path / "softmotion30_44k/test/traj_0_to_255.tfrecords", record(0))
     found = list(commands())
     counts = Counter(script for script, _ in found)
-    assert set(counts) == set(SCRIPTS) and counts["train_video_ddpm.py"] == 20 and counts["evaluate_video_ddpm.py"] >= 4
+    assert set(counts) == set(SCRIPTS) and counts["train_video_ddpm.py"] == 21 and counts["evaluate_video_ddpm.py"] >= 4
     skipped = {"benchmarks/bench_training.py"}  # the test below
     skipped |= set() if can_render() else {"tools/robot_pushing.py"}  # its own test says which packages it needs
     calls = [lowered(script, arguments, square_videos) for script, arguments in found if script not in skipped]
