@@ -38,7 +38,7 @@ SAMPLER_PRESETS: dict[str, dict[str, Any]] = {
 PREDICTORS = ("none", "cross_fade", "learned", "flow", "rife")
 # Of a Laplace distribution the deviation is 1.4 mean absolute errors; 2 leaves room for outliers.
 ERRORS_PER_SCALE = 2.0
-PIXEL_LIMIT = 4.0  # scales, 8 mean errors: beyond is 1 pixel in 3,000 of that distribution, 1 in 100 of residuals
+PIXEL_LIMIT = 4.0  # scales, 8 mean errors: beyond is 1 value in 3,000 of that distribution; see docs/results.md
 LEFT_OUT = ("model", "ema", "optimizer", "rng")  # of what a checkpoint says of its training: the tensors
 Frames = Tensor | Sequence[Any]
 
@@ -251,7 +251,8 @@ def make_predictor(name: str, scale: float | str, model: VideoUNet3D) -> Predict
     """The predictor of that name (of PREDICTORS), without gradients, its frames clipped to [-1, 1].
 
     Args:
-        scale: of residuals, a number above 0, or "pixel": ERRORS_PER_SCALE errors that the learned predictor expects.
+        scale: of residuals, a number above 0, or "pixel": ERRORS_PER_SCALE errors that the learned predictor expects,
+            with residuals cut at PIXEL_LIMIT.
         model: whose `predictor` is the learned one; a flow network runs on its device.
 
     Raises: ValueError: naming the package to install for flow or rife where it is absent.

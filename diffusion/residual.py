@@ -4,7 +4,7 @@
 
 Loss and sampler work on residuals as they work on frames, and know nothing of it. A scale near the predictor's error
 gives the residual about the variance of the noise; one per pixel keeps the noise away from where the predictor is sure.
-Where it is sure and wrong, residuals of hundreds of scales would outweigh all others in the loss, so they are cut.
+Where it is sure and wrong, residuals of hundreds of scales would outweigh all others in the loss: `limit` cuts them.
 
 Source: Whang et al. 2022, arXiv:2112.02475 (initial predictor); Mardani et al. 2023, arXiv:2309.15214 (CorrDiff).
 """
@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
 
     @property
     def residual_range(self) -> tuple[Tensor | float, Tensor | float]:
-        """The residuals of frames at -1 and at 1: where clean predictions of the sampler are clipped."""
+        """The residuals of frames at -1 and at 1, not cut: where clean predictions of the sampler are clipped."""
         return (-1 - self.frames) / self.scale, (1 - self.frames) / self.scale
 
 
