@@ -1,7 +1,7 @@
-"""Train the middle-frame diffusion model on a folder of MP4 clips, or on built-in clips when none is given.
+"""Train the middle-frame diffusion model on a folder of MP4 clips, or on built-in clips.
 
-The first and last K frames of a clip are given, those between are learned. Stop with Ctrl-C at any time; the same
-command with --resume goes on from there.
+The first and last K frames of a clip are given, those between are learned. Stop with Ctrl-C at
+any time; the same command with --resume goes on from there.
 """
 
 import argparse
@@ -13,274 +13,238 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.frame_cache import CachedFrames
-from data.kinetics_video_dataset import (
-    DecodedFrames,
-    ReadFailures,
-    ResumableBatchSampler,
-    VideoClipDataset,
-    collate,
-    steps_per_epoch,
-)
-from data.synthetic_videos import make_synthetic_videos
-from data.video_index import clip_span, prepare_videos
-from diffusion.loss import drop_contexts, sample_training_noise
-from diffusion.noise import SHAPE, TRAIN, NoiseConfig, generator_for
-from diffusion.pipeline import PREDICTORS, MiddleFramePipeline, resolve_scale
-from diffusion.schedule import SCHEDULES, DiffusionSchedule
-from models.video_unet3d import build_model, check_size
-from training.checkpointer import Checkpointer, load_latest, make_out_dir
-from training.clip_shapes import clip_config_of, cut_clips, is_timed, window_length
-from training.logger import Logger, describe_run
-from training.presets import FIXED_FLAGS, INHERITED_FLAGS, TRAIN_PRESETS
+from data.kinetics_video_dataset import ResumableBatchSampler, steps_per_epoch
+from data.training_clips import ClipLoader, crop_to_length, open_clips
+from diffusion.noise import LENGTH, TRAIN, generator_for
+from diffusion.schedule import SCHEDULES
+from models.video_unet3d import check_size
+from training import distributed
+from training.arguments import Start, plan_stages, resolve_stage
+from training.checkpointer import Checkpointer
+from training.distributed import print0
+from training.logger import Logger, check_tensorboard, describe_run
+from training.objective import Objective, build_network, configs_of, pick_objective
+from training.signals import StopRequest, kill_loading_processes, worker_init_fn
 from training.state import (
     TrainingState,
     get_lr,
     init_state,
-    loss_per_clip,
-    model_config_of,
     probe_loss,
     restore,
     to_checkpoint,
     update_ema,
 )
-from training.trackers import TRACKERS, check_logger, open_tracker
-from training.validation import measure_scale, preview, validate
-from utils import distributed, flags
-from utils.checkpoint import load_checkpoint
+from training.validation import make_preview, validate
+from utils import flags
 from utils.device import autocast, choose_amp_dtype, explain_oom, resolve_device
-from utils.distributed import Silent, StopRequest, print0
-from utils.flags import Parser, integer_up_to, non_negative_float, non_negative_int, positive_int, switch
-from utils.interpolators import missing_package
-from utils.video_utils import as_pair, middle_length
+from utils.flags import Parser, integer_up_to, non_negative_int, positive_int
+from utils.io import make_out_dir, remove_stale_temporaries
+from utils.video_utils import as_pair, split_clip
 
 PREVIEW_CLIPS = 8
-SCALE_CLIPS = 64  # training clips to measure a residual scale on, at most
-OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T, or pass --activation_checkpointing"
+OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T"
 
-
-# --- flags ------------------------------------------------------------------------------------------------------------
+# Predict and refine: a predictor is trained by plain regression, then diffusion learns what it
+# misses. LOG.md has how these values were found.
+PRESETS = {
+    "refine": {
+        "both": {
+            "optimizer": "muon",
+            "warmup_steps": 100,
+            "ema_decay": 0.995,
+        },
+        "predictor": {
+            "lr": 2e-3,
+            "max_steps": 4000,
+        },
+        "diffusion": {
+            "lr": 1e-3,
+            "vis_steps": 3,
+            "vis_guidance_scale": 1.0,
+        },
+    },
+    # The same with a small network on 32x32 clips: five minutes of one CPU thread.
+    "demo": {
+        "both": {
+            "out_dir": "outputs/demo",
+            "size": 32,
+            "cache_videos": True,
+            "num_workers": 0,
+            "optimizer": "muon",
+            "lr": 2e-3,
+            "warmup_steps": 50,
+            "ema_decay": 0.99,
+            "log_every": 50,
+        },
+        "predictor": {
+            "epochs": 34,
+            "vis_every": 9,
+        },
+        "diffusion": {
+            "base_channels": 24,
+            "channel_mults": [1, 2],
+            "res_blocks": 1,
+            "temporal_attn_levels": [1],
+            "epochs": 12,
+            "vis_every": 6,
+            "vis_steps": 3,
+            "vis_guidance_scale": 1.0,
+        },
+    },
+}
 
 
 def build_parser() -> Parser:
     """Every flag, with the reference design's defaults."""
     parser = Parser(__doc__)
+    switch = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("run").add_argument
-    add("--out_dir", type=flags.nonempty_path, default="outputs/train", help="folder of checkpoints and records")
-    add("--resume", action="store_true", help="go on from last.pt in --out_dir; flags given override its arguments")
-    values = "values of flags not given: refine = predict and refine; demo = that in five CPU minutes"
-    add("--preset", choices=sorted(TRAIN_PRESETS), help=values)
-    add("--init", type=flags.nonempty_path, help="checkpoint to start from: its network, clips, EMA; None = fresh")
-    add("--dry_run", action="store_true", help="two steps, validation, preview and save, in --out_dir/dry_run")
-    add("--seed", type=flags.seed_int, default=42, help="seed of split, weights, windows and noise")
-    add("--device", type=flags.device_name, default="auto", help="auto = cuda where there is one, then mps, then cpu")
+    add("--out_dir", type=flags.nonempty_path, default="outputs/train", help="folder of the run")
+    add("--resume", action="store_true", help="go on from last.pt in --out_dir")
+    add("--preset", choices=PRESETS, help="train a predictor, then diffusion of what it misses")
+    add("--dry_run", action="store_true", help="two steps, a preview, a save in --out_dir/dry_run")
+    add("--seed", type=flags.seed_int, default=42, help="of split, weights, windows and noise")
+    add("--device", type=flags.device_name, default="auto", help="auto = cuda, else mps, else cpu")
+
+    add = parser.add_argument_group("objective").add_argument
+    add("--train", choices=("diffusion", "predictor"), default="diffusion", help="what is learned")
+    add("--predictor", type=flags.nonempty_path, help="checkpoint of a predictor to refine around")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_root", type=flags.nonempty_path, help="folder of MP4 files; None = built-in clips, rendered once")
-    add("--val_ratio", type=flags.fraction, default=0.01, help="share of files held out, unless folders split them")
-    most = "use at most so many files in all; None = every file"
-    add("--max_videos", type=integer_up_to(2**31 - 1, low=2), help=most)
-    add("--num_workers", type=non_negative_int, default=4, help="loading processes; 0 = load in the main one")
-    add("--cache_videos", **switch(False), help="decode every video once into a memory-mapped file in --cache_dir")
-    add("--cache_dir", type=flags.nonempty_path, default="outputs/cache", help="folder of file index and cached frames")
-    add("--hflip", **switch(False), help="mirror half of the training clips")
-    add("--time_reverse", **switch(False), help="play half of the training clips backwards, which swaps their contexts")
+    add("--data_root", type=flags.nonempty_path, help="folder of MP4 files; None = built-in clips")
+    add("--val_ratio", type=flags.fraction, default=0.01, help="share held out; or by folders")
+    add("--max_videos", type=integer_up_to(2**31 - 1, low=2), help="use this many; None = all")
+    add("--num_workers", type=non_negative_int, default=4, help="loading processes; 0 = none")
+    add("--cache_videos", action=switch, default=False, help="decode every video once, to disk")
+    add("--cache_dir", type=flags.nonempty_path, default="outputs/cache", help="index and frames")
 
     add = parser.add_argument_group("clip").add_argument
-    length = "frames per clip, above 2 * K; two numbers = any length from the first to the second"
-    add("--T", dest="num_frames", **flags.one_or_two("T"), default=8, help=length)
-    add("--endpoint_context", type=integer_up_to(4096), default=2, help="observed frames K at each end")
-    add("--size", **flags.one_or_two("PIXELS"), default=64, help="side of squares in pixels, or height and width")
-    stride = "source frames between neighbouring clip frames; two numbers = any from the first to the second"
-    add("--frame_stride", **flags.one_or_two("N"), default=1, help=stride)
+    length = flags.one_or_two("T")
+    side = flags.one_or_two("PIXELS")
+    add("--T", dest="num_frames", **length, default=8, help="frames per clip; two = any between")
+    add("--endpoint_context", type=positive_int, default=2, help="observed frames K at each end")
+    add("--size", **side, default=64, help="side of square frames, or height and width")
+    add("--frame_stride", type=integer_up_to(65536), default=1, help="source frames per clip frame")
     add("--color_mode", choices=("rgb", "gray"), default="rgb", help="3 channels or 1")
 
     add = parser.add_argument_group("model").add_argument
-    add("--base_channels", type=positive_int, default=96, help="width of level 0, a multiple of 4, best 3 * 2^n")
-    add("--channel_mults", type=positive_int, nargs="+", default=[1, 2, 4], help="level widths in --base_channels")
-    add("--res_blocks", type=positive_int, default=2, help="residual blocks per level and direction")
-    levels = "levels with temporal attention, 0 = full size; the bottleneck always has it"
-    add("--temporal_attn_levels", type=non_negative_int, nargs="*", default=[1, 2], help=levels)
+    add("--base_channels", type=positive_int, default=96, help="width of level 0, best 3 * 2^n")
+    add("--channel_mults", type=positive_int, nargs="+", default=[1, 2, 4], help="level widths")
+    add("--res_blocks", type=positive_int, default=2, help="per level and direction")
+    levels = {"type": non_negative_int, "nargs": "*", "default": [1, 2]}
+    add("--temporal_attn_levels", **levels, help="levels with temporal attention, 0 = full size")
 
     add = parser.add_argument_group("diffusion").add_argument
-    add("--timesteps", type=integer_up_to(100_000), default=1000, help="length of the noise schedule")
-    add("--beta_schedule", choices=SCHEDULES, default="cosine", help="shape of the noise schedule")
-    drop = "chance of zeroing both contexts of a clip, so guidance has an unconditional branch; 0 = never"
-    add("--cfg_drop_prob", type=flags.probability, default=0.08, metavar="P", help=drop)
-    add("--temporal_loss_weight", type=non_negative_float, default=0.05, help="weight of the L1 on frame differences")
-    offset = "deviation of a constant added to the noise per clip and channel; 0 = none"
-    up_to_100 = flags.ranged(float, "a number in [0, 100]", lambda value: 0 <= value <= 100)
-    add("--noise_offset", type=up_to_100, default=0.0, help=offset)
-    correlation = "what noise has in common with its neighbours in time, height, width and colour; 0 = white noise"
-    add("--noise_correlation", type=flags.decay, default=0.0, help=correlation)
-
-    add = parser.add_argument_group("predict and refine").add_argument
-    guess = "what guesses the middle, so that diffusion refines the guess; flow and rife need optional packages"
-    add("--predictor", choices=PREDICTORS, default="none", help=guess)
-    scale = "of residuals: a number, measured = their deviation, pixel = what the learned predictor expects; None = one"
-    add("--residual_scale", type=flags.residual_scale, help=f"{scale} of these two")
-    alone = "optimiser steps in which the learned predictor is trained, before refining it begins"
-    add("--predictor_steps", type=non_negative_int, default=4000, help=alone)
-    add("--predictor_lr", type=flags.positive_float, default=2e-3, help="peak learning rate of those steps")
-    add("--predictor_width", type=positive_int, default=32, help="channels of the learned predictor at full size")
+    add("--timesteps", type=integer_up_to(100_000), default=1000, help="length of the schedule")
+    add("--beta_schedule", choices=SCHEDULES, default="cosine", help="shape of the schedule")
+    add("--cfg_drop_prob", type=flags.probability, default=0.08, help="of zeroed contexts, for CFG")
+    add("--temporal_loss_weight", type=flags.non_negative_float, default=0.05, help="of motion L1")
+    add("--noise_offset", type=flags.probability, default=0.0, help="constant added to the noise")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", type=integer_up_to(4096), default=8, help="clips per forward of each process; lower it on OOM")
-    add("--grad_accum", type=integer_up_to(4096), default=1, help="forward passes per optimiser step")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon is for matrices, adamw for the rest")
+    add("--batch_size", type=integer_up_to(4096), default=8, help="per process; lower it on OOM")
+    add("--grad_accum", type=integer_up_to(4096), default=1, help="batches per optimiser step")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon is for matrices")
     add("--lr", type=flags.positive_float, default=1e-4, help="peak learning rate, cosine to 0")
     add("--warmup_steps", type=non_negative_int, default=0, help="steps of linear rise; 0 = none")
     add("--epochs", type=positive_int, default=30, help="passes over the training clips")
-    add("--max_steps", type=non_negative_int, default=0, help="stop after so many optimiser steps; 0 = by --epochs")
-    add("--grad_clip", type=non_negative_float, default=1.0, help="largest gradient norm; 0 = no clipping")
+    add("--max_steps", type=non_negative_int, default=0, help="length in steps; 0 = by --epochs")
+    add("--grad_clip", type=flags.non_negative_float, default=1.0, help="largest norm; 0 = none")
     add("--ema_decay", type=flags.decay, default=0.999, help="EMA decay per optimiser step")
-    add("--ema_update_after_step", type=non_negative_int, default=100, help="steps for which EMA copies the weights")
-    add("--amp", **switch(True), help="autocast the network on CUDA; does nothing elsewhere")
-    add("--amp_dtype", choices=("auto", "bf16", "fp16"), default="auto", help="auto = bf16 where the GPU has it")
-    add("--channels_last", **switch(None), help="channels innermost in memory; None = on a CPU, where it is faster")
-    add("--activation_checkpointing", **switch(False), help="recompute activations: less memory, a third more work")
-    add("--compile", **switch(False), help="torch.compile the training forward")
+    add("--ema_update_after_step", type=non_negative_int, default=100, help="steps of no averaging")
+    add("--amp", action=switch, default=True, help="bf16 or fp16 autocast on CUDA")
+    add("--compile", action=switch, default=False, help="torch.compile the training forward")
 
     add = parser.add_argument_group("validation and previews").add_argument
-    add("--vis_every", type=non_negative_int, default=1, help="epochs between previews; 0 = none")
-    add("--vis_guidance_scale", type=non_negative_float, default=1.5, help="guidance of previews; 1 = conditional")
-    add("--vis_steps", type=positive_int, default=40, help="sampler steps of a preview")
-    add("--dynamic_threshold", **switch(False), help="previews scale clean predictions by a percentile, not clip them")
+    add("--vis_every", type=non_negative_int, default=1, help="epochs per preview; 0 = none")
+    add("--vis_guidance_scale", type=flags.non_negative_float, default=1.5, help="of previews")
+    add("--vis_steps", type=positive_int, default=40, help="sampler steps of previews")
 
     add = parser.add_argument_group("output").add_argument
-    add("--log_every", type=positive_int, default=20, help="steps between lines of metrics.jsonl")
-    add("--save_every", type=non_negative_int, default=0, help="steps between saves of last.pt; 0 = once an epoch")
-    add("--save_minutes", type=non_negative_float, default=0.0, help="minutes between saves of last.pt; 0 = none")
-    for flag, name in (("--tensorboard", "tensorboard"), ("--no-tensorboard", "none")):
-        add(flag, dest="logger", action="store_const", const=name, default="none", help=f"the same as --logger {name}")
-    add("--logger", choices=("none", *TRACKERS), default="none", help="package that also gets numbers and previews")
-    add("--log_dir", help="folder of TensorBoard's or wandb's files; None = below --out_dir")
+    add("--log_every", type=positive_int, default=20, help="steps per line of metrics.jsonl")
+    add("--save_every", type=non_negative_int, default=0, help="steps per save; 0 = per epoch")
+    add("--tensorboard", action=switch, default=False, help="log to TensorBoard, too")
     return parser
 
 
-def resolve_args(
-    parser: Parser, argv: list[str] | None
-) -> tuple[argparse.Namespace, dict[str, Any] | None, Path | None]:
-    """What the run will be: flags given, over the checkpoint's on --resume, over the preset's, over the defaults.
-
-    Returns: the arguments, and the checkpoint to go on from with its file; without a file its weights alone are to be
-        started from (--init), and both are None for a fresh run.
-    Raises: ValueError: for a missing or present last.pt, or a flag that contradicts the checkpoint or another flag.
-    """
-    given = parser.parse_given(argv)
-    defaults = vars(parser.defaults())
-    values = defaults | TRAIN_PRESETS.get(given.get("preset"), {})
-    former = {name: defaults[name] for name in FIXED_FLAGS}  # of checkpoints from before there was such a flag
-    folder = Path(given.get("out_dir", values["out_dir"]))
-    there = [path for path in (folder / "last.pt", folder / "prev.pt") if path.exists()]
-    checkpoint = source = None
-    if given.get("resume"):
-        if not there:
-            raise ValueError(f"--resume: there is no {folder / 'last.pt'}; without --resume a new run starts")
-        checkpoint, source = load_latest(folder)
-        stored = former | parser.parse_stored(checkpoint["args"], source)
-        for name, value in given.items():
-            was, flag = stored.get(name), "T" if name == "num_frames" else name
-            if name in FIXED_FLAGS and value != was:
-                raise ValueError(f"--{flag} is fixed by {source} (got {value}, the checkpoint has {was})")
-            if name in checkpoint["args"] and value != was:
-                print0(f"--{flag} {value} overrides the checkpoint's {was}")
-        values |= stored | {"out_dir": str(folder)}  # a run may have been moved
-    elif there and not given.get("dry_run"):
-        raise ValueError(f"--out_dir {folder} already holds a {there[0].name}; pass --resume or choose another folder")
-    elif given.get("init"):
-        checkpoint = load_checkpoint(given["init"])
-        stored = former | parser.parse_stored(checkpoint["args"], given["init"])
-        values |= {name: stored[name] for name in INHERITED_FLAGS}
-    args = argparse.Namespace(**(values | given))
-
-    # The rules that join several flags.
-    config = model_config_of(args)
-    if checkpoint and checkpoint["model_config"] != config:
-        differing = sorted(name for name, value in checkpoint["model_config"].items() if config.get(name) != value)
-        raise ValueError(f"{source or args.init}: its network is not that of the flags (they differ in {differing})")
-    check_logger(args.logger)
-    args.residual_scale = resolve_scale(args.predictor, args.residual_scale)
-    if args.dry_run:  # of its two steps one is the predictor's
-        args.predictor_steps = min(args.predictor_steps, 1)
-    if args.predictor != "none" and args.dynamic_threshold:
-        raise ValueError("--dynamic_threshold must be off with --predictor, whose residuals have no range")
-    if (missing := missing_package(args.predictor)) is not None:
-        raise ValueError(f"--predictor {args.predictor} cannot run here: {missing}")
-    for name in ("num_frames", "frame_stride"):
-        low, high = as_pair(getattr(args, name))
-        if low > high:
-            raise ValueError(f"--{'T' if name == 'num_frames' else name} must be two rising numbers (got {low} {high})")
-    middle_length(as_pair(args.num_frames)[0], args.endpoint_context)
-    build_model(config, "meta")  # refuses what cannot be built
-    check_size(args.size, 2 ** len(args.channel_mults))
+def check_args(args: argparse.Namespace) -> None:
+    """Raises: ValueError: for the rules that join several flags."""
+    shortest, longest = as_pair(args.num_frames)
+    k = args.endpoint_context
+    if shortest > longest:
+        raise ValueError(f"--T must be one number or two rising ones (got {shortest} {longest})")
+    if shortest <= 2 * k:
+        rule = "--T must exceed 2 * --endpoint_context so that a middle exists"
+        raise ValueError(f"{rule} (got --T {shortest}, --endpoint_context {k})")
+    if args.train == "predictor" and args.predictor:
+        raise ValueError("--predictor is for --train diffusion")
     if args.vis_every and args.vis_steps > args.timesteps:
-        raise ValueError(f"--vis_steps must be at most --timesteps {args.timesteps} (got {args.vis_steps})")
-    return args, checkpoint, source
+        rule = f"--vis_steps must be at most --timesteps {args.timesteps}"
+        raise ValueError(f"{rule} (got {args.vis_steps})")
+    if args.train == "diffusion":
+        check_size(args.size, 2 ** len(args.channel_mults))
+    check_tensorboard(args.tensorboard)
 
 
-# --- one step ---------------------------------------------------------------------------------------------------------
+# --- one step -------------------------------------------------------------------------------------
 
 
 def train_step(
     state: TrainingState,
-    pipe: MiddleFramePipeline,  # its prediction is what the network refines, in its schedule and noise
+    objective: Objective,
     batches: Iterator[Tensor],
     args: argparse.Namespace,
     amp_dtype: torch.dtype | None,
 ) -> None:
-    """One optimiser step over --grad_accum batches of every process. Nothing in it waits for the device.
+    """One optimiser step over --grad_accum batches of every process, without a wait for the device.
 
-    Where the loss or the gradient norm is not finite, weights and moments stay as they were, and the metrics count a
-    skipped step.
+    Where the loss or the gradient norm is not finite, weights and moments stay as they were, and
+    the metrics count a skipped step.
     """
     device = state.metrics.values.device
     generator = generator_for(args.seed, TRAIN, state.data_step, device=device)
-    part = (distributed.rank(), distributed.world_size())
-    trained, averaged = state.trained_part, state.ema.predictor if state.predicting else state.ema
 
-    # Evaluate the loss and accumulate gradients.
+    # Accumulate gradients over the batches of the step.
     total_loss = torch.zeros((), device=device)
     for number in range(1, args.grad_accum + 1):
-        shape = generator_for(args.seed, SHAPE, state.data_step, number)  # the same in every process
-        start, middle, end = inputs = cut_clips(next(batches), args, shape)
-        if not state.predicting:
-            with autocast(device, amp_dtype):
-                residual = pipe.predict(start, end, middle.shape[2]).to_residual(middle)
-            drawn = (generator, args.cfg_drop_prob, pipe.noise, part)
-            noise = sample_training_noise(middle, args.timesteps, *drawn)
-            start, end = drop_contexts(start, end, noise.dropped)  # for the network: the prediction keeps them
-            inputs = (start, residual, end, noise.t, noise.eps)
-        state.probe_batch = state.probe_batch or inputs
+        # A length is drawn alike in every process.
+        draw = generator_for(args.seed, LENGTH, state.data_step, number)
+        clips = crop_to_length(next(batches), as_pair(args.num_frames), draw)
+        start, middle, end = split_clip(clips, args.endpoint_context)
+        if state.probe is None:
+            state.probe = (start, middle, end, state.data_step)
+        # Gradients of several processes are averaged once, with the last batch.
         is_last = number == args.grad_accum
         with contextlib.nullcontext() if is_last else distributed.no_sync(state.ddp_model):
             with autocast(device, amp_dtype):
-                losses = loss_per_clip(state, state.ddp_model, pipe.schedule, inputs, args.temporal_loss_weight)
-            loss = losses.mean() / args.grad_accum
-            state.scaler.scale(loss).backward()
-        total_loss += loss.detach()
+                losses = objective.loss(state.ddp_model, start, middle, end, generator)
+            mean_loss = losses.mean() / args.grad_accum
+            state.scaler.scale(mean_loss).backward()
+        total_loss += mean_loss.detach()
     total_loss = distributed.all_reduce_mean(total_loss)
 
-    # Clip gradients and update weights.
+    # Clip the gradients and set the learning rate.
     state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(trained.parameters(), args.grad_clip or math.inf)
+    max_norm = args.grad_clip or math.inf
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), max_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(state.step, state.lr_schedule)
+
+    # Update the weights, unless a number is not finite.
     if state.scaler.is_enabled():
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
-        finite = total_loss.isfinite() & norm.isfinite()
-        state.optimizer.found_inf = finite.logical_not().float()  # where this is 1, the fused step changes nothing
-        if device.type != "mps" or finite:  # MPS's may not heed it
+        is_finite = total_loss.isfinite() & norm.isfinite()
+        # Where found_inf is 1 the fused step changes nothing; MPS's may not heed it.
+        state.optimizer.found_inf = is_finite.logical_not().float()
+        if device.type != "mps" or is_finite:
             state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
 
@@ -288,153 +252,163 @@ def train_step(
     state.metrics.add(total_loss, norm)
     state.data_step += 1
     state.step += 1
-    update_ema(averaged, trained, args.ema_decay if state.phase_step > args.ema_update_after_step else 0.0)
+    is_averaging = state.step > args.ema_update_after_step
+    update_ema(state.ema, state.model, decay=args.ema_decay if is_averaging else 0.0)
 
 
-# --- the story --------------------------------------------------------------------------------------------------------
+# --- the story ------------------------------------------------------------------------------------
 
 
-def open_clips(args: argparse.Namespace) -> tuple[VideoClipDataset, VideoClipDataset]:
-    """The training and the validation clips.
+def train(start: Start) -> int:
+    """Train from where the run stands to its end or a stop signal.
 
-    Raises: ValueError: if there are none, or no room for the cache.
+    Returns: the exit status: 0, or 128 + the signal's number.
+    Raises: ValueError or OSError: for what the user can mend. FloatingPointError: if the loss is
+        not finite or diverged.
     """
-    config, threads = clip_config_of(args), os.cpu_count() or 1
-    span = clip_span(config["num_frames"], config["frame_stride"])
-    root = args.data_root or make_synthetic_videos(args.cache_dir, threads)
-    split = {"val_ratio": args.val_ratio, "seed": args.seed, "max_videos": args.max_videos}
-    videos = prepare_videos(root, span=span, **split, cache_dir=args.cache_dir, workers=threads)
-    if args.cache_videos:
-        source = CachedFrames(sum(videos, []), args.size, args.color_mode, args.cache_dir, threads)
-    else:
-        source = DecodedFrames(args.size, args.color_mode)
-    window = {"num_frames": config["num_frames"], "frame_stride": config["frame_stride"], "seed": args.seed}
-    val_clips = VideoClipDataset(videos[1], source, random_window=False, **window)
-    if is_timed(args):  # stretches of neighbouring frames, of which `cut_clips` takes some
-        window |= {"num_frames": window_length(args, [video.info.frames for video in videos[0]]), "frame_stride": 1}
-    augmentation = {"hflip": args.hflip, "time_reverse": args.time_reverse}
-    return VideoClipDataset(videos[0], source, random_window=True, **window, **augmentation), val_clips
+    args = start.args
+    check_args(args)
 
-
-def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: Path | None) -> int:
-    """Train to the end or a stop signal, from where the checkpoint of the file `source` stands; returns the status.
-
-    Without a file, a checkpoint is one whose weights the run starts from.
-
-    Raises: ValueError or OSError: for what the user can mend. FloatingPointError: if the loss is not finite or
-        diverged. PeerLostError: if another process of the run is gone.
-    """
-    # Resolve device, precision and folder.
+    # Settle device, precision and folder.
     device = distributed.init_distributed(resolve_device(args.device))
     args.processes = distributed.world_size()
-    amp_dtype = choose_amp_dtype(device, args.amp_dtype) if args.amp else None
+    amp_dtype = choose_amp_dtype(device) if args.amp else None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32
-    out_dir = Path(args.out_dir) / "dry_run" if args.dry_run else Path(args.out_dir)
+    out_dir = Path(args.out_dir)
     if distributed.is_main():
-        make_out_dir(out_dir, args.cache_dir, empty=args.dry_run)
+        make_out_dir(out_dir)
+        remove_stale_temporaries(out_dir)
+        # Other machines may write there, whose processes cannot be seen.
+        remove_stale_temporaries(Path(args.cache_dir), untouched=3600)
 
     # Find the clips.
-    train_clips, val_clips = distributed.main_process_first(partial(open_clips, args))
-    distributed.check_consistency("--data_root: the files", train_clips.fingerprint() + val_clips.fingerprint())
+    names = ("frame_stride", "size", "color_mode", "seed", "cache_dir", "cache_videos")
+    prepare = partial(
+        open_clips,
+        args.data_root,
+        num_frames=as_pair(args.num_frames)[1],
+        val_ratio=args.val_ratio,
+        max_videos=args.max_videos,
+        threads=os.cpu_count() or 1,
+        log=print0,
+        **{name: getattr(args, name) for name in names},
+    )
+    train_clips, val_clips = distributed.main_process_first(prepare)
+    fingerprint = train_clips.fingerprint() + val_clips.fingerprint()
+    distributed.check_consistency("--data_root: the files", fingerprint)
     clips_per_step = args.batch_size * args.grad_accum * args.processes
     epoch_steps = steps_per_epoch(len(train_clips), clips_per_step)
 
-    # Make network, optimiser and schedules, and go on where the checkpoint stands.
-    state = init_state(args, device, amp_dtype, checkpoint["ema"] if checkpoint and not source else None)
-    schedule = DiffusionSchedule(args.timesteps, args.beta_schedule).to(device)
-    if source:
-        restore(state, checkpoint, clips_per_step, epoch_steps, source)
-    distributed.check_consistency(f"{source or out_dir}: the step", state.step)
+    # Make network, optimiser and objective, and go on where the checkpoint stands.
+    state = init_state(args, build_network(args, device), device, amp_dtype)
+    if start.checkpoint is not None:
+        restore(state, start.checkpoint, clips_per_step, epoch_steps, start.source)
+    distributed.check_consistency(f"{out_dir}: the step", state.step)
     state.plan_steps(args, epoch_steps)
     if state.finished:
-        print0(f"nothing to do: the run has all its {state.step} steps; more --epochs or --max_steps make it longer")
+        print0(f"nothing to do: the run in {out_dir} has all its {state.step} steps")
         return 0
-    describe_run(args, state, f"{len(train_clips)} training and {len(val_clips)} validation clips", amp_dtype)
+    objective = pick_objective(args, state.ema, start.predictor, len(val_clips), amp_dtype)
+    clips = f"{len(train_clips)} training and {len(val_clips)} held-out clips"
+    describe_run(args, state, clips, amp_dtype)
     if args.compile:
-        for module in {state.model, state.trained_part}:
-            module.compile(dynamic=False)  # in place: the state dict keeps its names
-    state.wrap_trained_part(device)
+        state.model.compile(dynamic=False)  # in place: the state dict keeps its names
 
-    # Load clips ahead, in an order that any step can be resumed at.
-    failures = ReadFailures(log=partial(tqdm.write, file=sys.stderr))  # every process reads other files
-    workers = min(args.num_workers, max(1, (os.cpu_count() or 1) // distributed.local_world_size()))
-    loading = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
-    loading |= {"collate_fn": collate, "worker_init_fn": distributed.worker_init_fn}
-    batch, part = (args.batch_size, args.grad_accum, args.seed), (distributed.rank(), args.processes)
-    order = ResumableBatchSampler(len(train_clips), *batch, state.data_step, state.total_data_steps, part=part)
-    batches = failures.clips(DataLoader(train_clips, batch_sampler=order, **loading), device)
-    mine = distributed.rank_slice(len(val_clips))
-    val_keys = [[(0, j) for j in mine[i : i + args.batch_size]] for i in range(0, len(mine), args.batch_size)]
-    val_loader = DataLoader(val_clips, batch_sampler=val_keys, **loading)
+    # Load clips ahead, in an order that can be resumed at any step.
+    order = ResumableBatchSampler(
+        clips=len(train_clips),
+        batch_size=args.batch_size,
+        batches_per_step=args.grad_accum,
+        seed=args.seed,
+        first_step=state.data_step,
+        last_step=state.data_step + state.total_steps - state.step,
+        part=(distributed.rank(), args.processes),
+    )
+    cores = (os.cpu_count() or 1) // distributed.local_world_size()
+    loader = ClipLoader(
+        train_clips,
+        val_clips,
+        order=order,
+        held_out=distributed.rank_slice(len(val_clips)),
+        device=device,
+        batch_size=args.batch_size,
+        workers=min(args.num_workers, max(1, cores)),
+        worker_init_fn=worker_init_fn,
+        log=partial(tqdm.write, file=sys.stderr),
+    )
+    batches = loader.train()
     shown = range(0, len(val_clips), math.ceil(len(val_clips) / PREVIEW_CLIPS))
-    first = distributed.rank_slice(len(shown)).start
-    reads = [val_clips[0, shown[i]] for i in distributed.rank_slice(len(shown)) if args.vis_every or args.dry_run]
-    preview_clips = next(failures.clips([collate(reads)], device)) if reads else None
-    if state.residual_scale == "measured":
-        chosen = range(0, len(train_clips), math.ceil(len(train_clips) / SCALE_CLIPS))
-        clips = failures.clips((collate([train_clips[0, i]]) for i in chosen), device)
-        parts = (cut_clips(clip, args, generator_for(args.seed, SHAPE, i)) for i, clip in enumerate(clips))
-        state.residual_scale = measure_scale(parts, args.predictor, state.ema)
-    refining = {"predictor": args.predictor, "residual_scale": state.residual_scale}
-    noise = NoiseConfig(args.noise_offset, args.noise_correlation)
-    pipe = MiddleFramePipeline(state.ema, schedule, clip_config_of(args), noise, amp_dtype, **refining)
+    place = distributed.rank_slice(len(shown))
+    preview_clips = loader.read_some(shown[place.start : place.stop]) if args.vis_every else None
 
     # Log and save on rank 0.
-    logger, checkpointer = Silent(), Silent()
+    logger = distributed.Silent()
+    checkpointer = distributed.Silent()
     if distributed.is_main():
-        logger = Logger(out_dir, state, device, open_tracker(args, out_dir, state.step))
-        contents = partial(to_checkpoint, state, args, epoch_steps)
-        probe = partial(probe_loss, state, schedule, args.temporal_loss_weight, amp_dtype)
-        last_is_whole = source is not None and source.name == "last.pt"
-        checkpointer = Checkpointer(out_dir, last_is_whole, contents, probe, args.save_every, args.save_minutes)
-    logger.log_run(vars(args))
+        logger = Logger(out_dir, state, device, args.tensorboard)
+        configs = configs_of(args, objective, start.predictor)
+        checkpointer = Checkpointer(
+            out_dir=out_dir,
+            last_is_whole=start.source is not None and start.source.name == "last.pt",
+            contents=partial(to_checkpoint, state, configs, epoch_steps),
+            probe_loss=partial(probe_loss, state, objective.loss, args.seed, amp_dtype),
+            every_steps=args.save_every,
+        )
+    logger.log_run(args)
 
-    stop, stopped_by, saved = StopRequest(), 0, source
+    stop = StopRequest()
+    stopped_by = 0
     try:
         while not (state.finished or stopped_by):
-            train_step(state, pipe, batches, args, amp_dtype)
-            if state.step == state.predictor_steps:
-                state.begin_refining(args, device)
+            train_step(state, objective, batches, args, amp_dtype)
             logger.count_step(clips_per_step)
 
-            # Log the steps since the last line: between saves, the only place that waits for the device.
+            # Once in a while: log. Between saves, only this waits for the device.
             if state.step % args.log_every == 0 or state.step == 1:
-                norm, loss = state.metrics.read()["grad_norm"], state.metrics.take_mean("line")
-                if loss is not None:
-                    state.history["train"].append([state.step, loss])
-                logger.log_train(state, state.data_step / epoch_steps, loss, norm)
+                line_loss = state.metrics.take_mean("line")
+                if line_loss is not None:
+                    state.history["train"].append([state.step, line_loss])
+                logger.log_train(state, state.data_step / epoch_steps, line_loss)
 
-            # Validate and preview at the end of an epoch.
-            stopped_by, due = distributed.all_reduce_max(stop.signal, bool(checkpointer.due(state.step)))
+            # At the end of an epoch: validate and preview (all ranks participate).
+            stopped_by = distributed.all_reduce_max(stop.signal)
             epoch_ends = state.data_step % epoch_steps == 0 or state.finished
             if epoch_ends:
                 epoch = math.ceil(state.data_step / epoch_steps)
+                is_shown = args.vis_every and (epoch % args.vis_every == 0 or state.finished)
                 with autocast(device, amp_dtype):
-                    held_out = failures.clips(val_loader, device)
-                    val_loss = validate(state, pipe, held_out, len(val_clips), args)
-                entry = {"step": state.step, "epoch": epoch, "train_loss": state.metrics.take_mean("epoch")}
-                entry |= {"val_loss": val_loss, **state.metrics.bad_steps()}
-                if args.dry_run or (args.vis_every and (epoch % args.vis_every == 0 or state.finished)):
-                    log = partial(logger.log_preview, f"epoch_{epoch:04d}_sample", state.step, args.endpoint_context)
-                    entry |= preview(pipe, preview_clips, first, 0 if state.predicting else args.vis_steps, args, log)
+                    val_loss = validate(
+                        ema=state.ema,
+                        objective=objective,
+                        batches=loader.validation(),
+                        first=distributed.rank_slice(len(val_clips)).start,
+                        endpoint_context=args.endpoint_context,
+                    )
+                entry = {
+                    "step": state.step,
+                    "epoch": epoch,
+                    "train_loss": state.metrics.take_mean("epoch"),
+                    "val_loss": val_loss,
+                    **state.metrics.bad_steps(),
+                }
+                if is_shown:
+                    preview = make_preview(objective.pipe, preview_clips, place.start, args)
+                    entry.update(logger.log_preview(epoch, state.step, preview) or {})
                 state.history["epochs"].append(entry)
-                logger.log_epoch(entry, args.epochs, state)
+                logger.log_epoch(entry, state)
 
-            # Save at the end of an epoch, when due, and before stopping: while our handlers stand, as another process's
-            # signal may come to this one only now.
-            if epoch_ends or due or stopped_by:
-                state.history["sums"] = state.metrics.read()  # in every process, so that a lost run ends in all of them
+            # Save at the end of an epoch, when due, and before stopping.
+            if epoch_ends or stopped_by or checkpointer.due(state.step):
+                state.history["sums"] = state.metrics.read()
                 if epoch_ends:
                     checkpointer.save_best(state, val_loss)
-                if checkpointer.save_last(state) is not False:
-                    saved = out_dir / "last.pt"
+                checkpointer.save_last(state)
                 logger.restart_clock()
     except FloatingPointError as error:
-        good = f"the last good checkpoint is {saved}" if saved and saved.is_file() else "no checkpoint was saved yet"
-        good = f"; {good}" if distributed.is_main() else ""  # which alone knows
-        raise FloatingPointError(f"after step {state.step}: {error}{good}") from error
+        kept = f"what was saved is in {out_dir}"
+        raise FloatingPointError(f"after step {state.step}: {error}; {kept}") from error
     finally:
         logger.close()
         stop.restore()
@@ -443,8 +417,11 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: P
     if state.finished:
         print0(f"done: {state.step} steps, {out_dir / 'last.pt'}")
         return 0
-    command = distributed.launch_command("train_video_ddpm.py", "--out_dir", args.out_dir, "--resume")
-    print0(f"stopped by {signal.Signals(stopped_by).name} after step {state.step}; go on with: {command}")
+    folder = out_dir.parent if args.preset and args.train == "predictor" else out_dir
+    words = ("--out_dir", str(folder), "--resume")
+    command = distributed.launch_command("train_video_ddpm.py", *words)
+    name = signal.Signals(stopped_by).name
+    print0(f"stopped by {name} after step {state.step}; go on with: {command}")
     return 128 + stopped_by
 
 
@@ -454,22 +431,26 @@ def main(argv: list[str] | None = None) -> int:
     0 = done, 1 = diverged or lost another process, 2 = wrong input, 128 + n = stopped by signal n.
     """
     parser = build_parser()
-    resume = "--resume goes on from the last save"
-    with parser.one_line_end("stopped at once, without saving"):
+    with parser.one_line_errors("stopped at once, without saving"):
         try:
-            with distributed.watch_peers(f"{resume}, if there is one"), explain_oom(OOM_REMEDY):
-                status = train(*resolve_args(parser, argv))
+            with distributed.watch_peers(), explain_oom(OOM_REMEDY):
+                default = parser.defaults()["out_dir"]
+                for stage in plan_stages(parser.parse_given(argv), PRESETS, default):
+                    status = train(resolve_stage(parser, stage))
+                    if status:
+                        break
                 distributed.cleanup()
                 return status
         except FloatingPointError as error:
-            raise flags.BrokenRunError(str(error)) from error
+            raise flags.RunError(str(error)) from error
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
             reason = "too little memory for --num_workers, or a video that crashes its decoder"
-            raise flags.BrokenRunError(f"a loading process was killed: {reason}; {resume}") from error
+            remedy = "--resume goes on from the last save"
+            raise flags.RunError(f"a loading process was killed: {reason}; {remedy}") from error
         finally:
-            distributed.kill_loading_processes()
+            kill_loading_processes()
 
 
 if __name__ == "__main__":

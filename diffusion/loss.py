@@ -1,125 +1,241 @@
-"""The training objective, shared by training and validation."""
+"""The two training objectives, `diffusion_loss` and `predictor_loss`; a run has one of them.
 
-import math
-from collections.abc import Iterable
+Both take (model, start_context, middle, end_context, generator) and return a loss per clip.
+"""
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.noise import VALIDATION, WHITE, NoiseConfig, correlated, generator_for, sample_noise
+from diffusion.noise import (
+    VALIDATION,
+    WHITE,
+    NoiseConfig,
+    correlated,
+    generator_for,
+    sample_noise,
+)
+from diffusion.residual import predict
 from diffusion.schedule import DiffusionSchedule
 
-SQUARED_WEIGHT = 2.0  # of the squared error beside the absolute one, which alone gives 0.3 dB less on built-in clips
-ERROR_WEIGHT = 0.1  # of the term that learns the expected error, which reaches the features, but not the frames
-LOWEST_LOG_ERROR = -7.0  # of a predictor: taken off, so that no loss is negative
-VALIDATION_PAIRS = 64  # at least so many (clip, t) pairs, so that few clips still cover the noise levels
+# Of the squared error beside the absolute one, which by itself gives 0.3 dB less (LOG.md).
+SQUARED_WEIGHT = 2.0
+# Of the likelihood that learns the expected error; it reaches the features, not the frames.
+ERROR_WEIGHT = 0.1
+# The least that a predictor may expect; taken off, so that no loss is negative.
+LOWEST_LOG_ERROR = -7.0
+# Validation sees at least this many (clip, t) pairs, so that few clips cover the noise levels.
+VALIDATION_PAIRS = 64
+
+
+class DiffusionTask(NamedTuple):
+    """What a diffusion run learns: its forward process, its noise and what it refines around.
+
+    Attributes:
+        schedule: the forward process.
+        noise: the noise's distribution.
+        predictor: the frozen FramePredictor whose residuals are diffused; None = frames are.
+        temporal_loss_weight: of the L1 on frame differences.
+        cfg_drop_prob: chance, per clip, that both contexts are zeroed.
+        part: which process this is, and how many share a step's draws.
+    """
+
+    schedule: DiffusionSchedule
+    noise: NoiseConfig = WHITE
+    predictor: nn.Module | None = None
+    temporal_loss_weight: float = 0.0
+    cfg_drop_prob: float = 0.0
+    part: tuple[int, int] = (0, 1)
 
 
 class TrainingNoise(NamedTuple):
-    """What one training step draws."""
+    """What one batch draws."""
 
-    t: Tensor  # [B] long
-    eps: Tensor  # [B,C,M,H,W]
-    dropped: Tensor  # [B] bool: clips whose contexts are zeroed
+    t: Tensor  # diffusion index, [B] long
+    eps: Tensor  # noise, [B,C,M,H,W]
+    dropped: Tensor  # clips whose contexts are zeroed, [B] bool
 
 
 def sample_training_noise(
-    middle: Tensor,  # [B,C,M,H,W]; only its shape and device count
-    timesteps: int,
-    generator: torch.Generator,
-    cfg_drop_prob: float = 0.0,
-    config: NoiseConfig = WHITE,
-    part: tuple[int, int] = (0, 1),  # which part of the draw is that of `middle`, and how many parts there are
+    middle: Tensor, generator: torch.Generator, task: DiffusionTask
 ) -> TrainingNoise:
-    """Draw a training step's indices, noise and dropped clips on the generator's device, and move them to `middle`'s.
+    """Draw a batch's indices, noise and dropped clips.
 
-    Several processes draw for all their clips from equal generators and keep a part each: what one would have drawn.
+    Several processes draw from equal generators for all their clips and keep a part each: what a
+    single process would have drawn.
+
+    Args:
+        middle: [B,C,M,H,W]; only its shape and device count.
+        generator: draws are made on its device and moved to that of `middle`.
+        task: says how to draw.
     """
-    number, parts = part
-    b, c = middle.shape[0] * parts, middle.shape[1]
-    where = {"generator": generator, "device": generator.device}
-    t = torch.randint(timesteps, (b,), **where)
-    eps = correlated(torch.randn(b, *middle.shape[1:], **where), config.correlation)
-    dropped = torch.rand(b, **where) < cfg_drop_prob
-    if config.offset:
-        eps += config.offset * torch.randn(b, c, 1, 1, 1, **where)
-    mine = slice(number * len(middle), (number + 1) * len(middle))
-    return TrainingNoise(*(drawn[mine].to(middle.device) for drawn in (t, eps, dropped)))
+    number, parts = task.part
+    b, c, m, h, w = middle.shape
+    total = b * parts
+    device = generator.device
+    t = torch.randint(task.schedule.timesteps, (total,), generator=generator, device=device)
+    eps = torch.randn(total, c, m, h, w, generator=generator, device=device)
+    eps = correlated(eps, task.noise.correlation)
+    dropped = torch.rand(total, generator=generator, device=device) < task.cfg_drop_prob
+    if task.noise.offset:
+        constant = torch.randn(total, c, 1, 1, 1, generator=generator, device=device)
+        eps += task.noise.offset * constant
+    mine = slice(number * b, (number + 1) * b)
+    return TrainingNoise(
+        t=t[mine].to(middle.device),
+        eps=eps[mine].to(middle.device),
+        dropped=dropped[mine].to(middle.device),
+    )
 
 
-def drop_contexts(start_context: Tensor, end_context: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """Both contexts with those of the `dropped` clips ([B] bool) replaced by zeros: guidance's unconditional branch."""
+def drop_contexts(
+    start_context: Tensor, end_context: Tensor, dropped: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Zero both contexts of the `dropped` clips ([B] bool): guidance's unconditional branch."""
     kept = ~dropped.view(-1, 1, 1, 1, 1)
     return start_context * kept, end_context * kept
 
 
 def temporal_l1(x0_hat: Tensor, x0: Tensor) -> Tensor:
-    """L1 between the frame differences of predicted and true middle, [B]; 0 for a single frame, which has none."""
+    """L1 between frame differences of predicted and true middle, [B]; 0 for a single frame."""
     if x0.shape[2] == 1:
         return x0.new_zeros(x0.shape[0])
     return (x0_hat.diff(dim=2) - x0.diff(dim=2)).abs().flatten(1).mean(1)
 
 
-def diffusion_loss(
-    model: nn.Module,  # (x_t, t, start_context, end_context) -> v
+def velocity_loss(
+    model: nn.Module,
     schedule: DiffusionSchedule,
-    start_context: Tensor,  # [B,C,K,H,W] in [-1, 1]; zeros for a dropped clip
-    middle: Tensor,  # the x0 to predict, [B,C,M,H,W]: frames in [-1, 1], or residuals of them
-    end_context: Tensor,  # as start_context
-    t: Tensor,  # diffusion index per clip, [B] long; ValueError for another shape
-    eps: Tensor,  # noise, [B,C,M,H,W]
+    start_context: Tensor,
+    x0: Tensor,
+    end_context: Tensor,
+    t: Tensor,
+    eps: Tensor,
     temporal_loss_weight: float = 0.0,
 ) -> Tensor:
-    """MSE on v plus temporal_loss_weight * `temporal_l1`, per clip, in float32 whatever the network computed in."""
-    x_t = schedule.add_noise(middle, eps, t)
+    """MSE on v plus temporal_loss_weight * `temporal_l1`, in float32 under any autocast.
+
+    Args:
+        model: (x_t, t, start_context, end_context) -> v.
+        schedule: the forward process.
+        start_context: [B,C,K,H,W] in [-1, 1], as `end_context`; zeros for a dropped clip.
+        x0: what is diffused, [B,C,M,H,W]: frames in [-1, 1], or residuals of them.
+        t: diffusion index per clip, [B] long.
+        eps: noise, the shape of x0.
+
+    Returns: [B].
+    """
+    x_t = schedule.add_noise(x0, eps, t)
     v_hat = model(x_t, t, start_context, end_context).float()
-    v_mse = (v_hat - schedule.v_from(middle, eps, t)).square().flatten(1).mean(1)  # [B]
-    motion = temporal_l1(schedule.x0_from_v(x_t, v_hat, t), middle)  # [B]
+    v_mse = (v_hat - schedule.v_from(x0, eps, t)).square().flatten(1).mean(1)  # [B]
+    motion = temporal_l1(schedule.x0_from_v(x_t, v_hat, t), x0)  # [B]
     return v_mse + temporal_loss_weight * motion
 
 
-def predictor_loss(predictor: nn.Module, start_context: Tensor, middle: Tensor, end_context: Tensor) -> Tensor:
-    """The regression loss of a learned predictor, per clip [B]: of its frames, and of the error that it expects.
+def diffusion_loss(
+    model: nn.Module,
+    start_context: Tensor,
+    middle: Tensor,
+    end_context: Tensor,
+    generator: torch.Generator,
+    *,
+    task: DiffusionTask,
+) -> Tensor:
+    """The denoiser's loss per clip, [B], at noise levels and noise drawn from the generator.
 
-    `predictor` maps both contexts and M to the frames [B,C,M,H,W] and the log of their absolute error [B,1,M,H,W]. That
-    is learned as the logarithm of the width of a Laplace distribution, by its likelihood of the error made. The loss is
-    0 for exact frames that are expected to be so, and never negative if log errors are at least LOWEST_LOG_ERROR.
-
-    Source: of the likelihood Kendall & Gal 2017, arXiv:1703.04977, section 3.
+    Args:
+        model: (x_t, t, start_context, end_context) -> v.
+        start_context: [B,C,K,H,W] in [-1, 1], as `end_context`.
+        middle: true frames, [B,C,M,H,W] in [-1, 1].
+        task: what is diffused, and how.
     """
-    frames, log_error = predictor(start_context, end_context, middle.shape[2])
+    prediction = predict(task.predictor, start_context, end_context, middle.shape[2])
+    noise = sample_training_noise(middle, generator, task)
+    # The network loses the contexts of dropped clips; the prediction that it refines keeps them.
+    start, end = drop_contexts(start_context, end_context, noise.dropped)
+    return velocity_loss(
+        model=model,
+        schedule=task.schedule,
+        start_context=start,
+        x0=prediction.to_residual(middle),
+        end_context=end,
+        t=noise.t,
+        eps=noise.eps,
+        temporal_loss_weight=task.temporal_loss_weight,
+    )
+
+
+def predictor_loss(
+    model: nn.Module,
+    start_context: Tensor,
+    middle: Tensor,
+    end_context: Tensor,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The predictor's regression loss per clip, [B]: of its frames and of its expected error.
+
+    The expected error is learned as the width of a Laplace distribution, by its likelihood of the
+    error. The loss is 0 for exact frames that are expected to be exact, and never negative.
+
+    Args:
+        model: (start_context, end_context, M) -> (frames, log_error), as FramePredictor.
+        start_context: [B,C,K,H,W] in [-1, 1], as `end_context`.
+        middle: true frames, [B,C,M,H,W] in [-1, 1].
+        generator: not used, as nothing here is random.
+
+    Source: the likelihood is that of Kendall & Gal 2017, arXiv:1703.04977, section 3.
+    """
+    frames, log_error = model(start_context, end_context, middle.shape[2])
     error = frames - middle
-    made = error.detach().abs().mean(1, keepdim=True)  # [B,1,M,H,W]
-    regression = error.abs().mean(1, keepdim=True) + SQUARED_WEIGHT * error.square().mean(1, keepdim=True)
-    expected = made * (-log_error).exp() + log_error - LOWEST_LOG_ERROR
-    return (regression + ERROR_WEIGHT * expected).flatten(1).mean(1)
+    absolute = error.abs().mean(1, keepdim=True)  # [B,1,M,H,W]
+    squared = error.square().mean(1, keepdim=True)
+    likelihood = absolute.detach() * (-log_error).exp() + log_error - LOWEST_LOG_ERROR
+    loss = absolute + SQUARED_WEIGHT * squared + ERROR_WEIGHT * likelihood
+    return loss.flatten(1).mean(1)
 
 
 @torch.no_grad()
-def validation_sum(
+def diffusion_validation_losses(
     model: nn.Module,
-    schedule: DiffusionSchedule,
-    parts: Iterable[tuple[Tensor, Tensor, Tensor]],  # (start, middle, end) batches of a split or a stretch of it
-    clips: int,  # of the whole split; few of them are seen at several t each
+    start_context: Tensor,
+    middle: Tensor,
+    end_context: Tensor,
+    clips: range,
+    *,
+    task: DiffusionTask,
+    total_clips: int,
     seed: int,
-    temporal_loss_weight: float = 0.0,
-    noise: NoiseConfig = WHITE,
-    first: int = 0,  # number in the split of the first clip of `parts`
-) -> tuple[float, int]:
-    """Sum of the losses of (clip, t) pairs, and their number, at fixed, evenly spread t and fixed noise per clip.
+) -> Tensor:
+    """Losses of held-out clips at fixed, evenly spread t and fixed noise: comparable over epochs.
 
-    A function of the weights alone. Both add up over stretches of a split; sum / number of all is the validation loss.
+    Args:
+        clips: numbers, in the whole split, of the clips of this batch.
+        total_clips: of the split; where they are few, each is seen at several t.
+        seed: of the noise.
+
+    Returns: [B * draws], in the order of the draws.
     """
-    draws = math.ceil(VALIDATION_PAIRS / clips)
-    pairs, total, seen = draws * clips, 0.0, 0
-    for start, middle, end in parts:
-        for draw in range(draws):
-            strata = [draw * clips + first + seen + n for n in range(len(middle))]  # out of `pairs`
-            t = torch.tensor([int((n + 0.5) / pairs * schedule.timesteps) for n in strata], device=middle.device)
-            generators = [generator_for(seed, VALIDATION, n) for n in strata]
-            eps = sample_noise(middle.shape[1:], generators, middle.device, noise)
-            losses = diffusion_loss(model, schedule, start, middle, end, t, eps, temporal_loss_weight)
-            total += losses.sum().item()
-        seen += len(middle)
-    return total, draws * seen
+    draws = -(-VALIDATION_PAIRS // total_clips)
+    prediction = predict(task.predictor, start_context, end_context, middle.shape[2])
+    x0 = prediction.to_residual(middle)
+    losses = []
+    for draw in range(draws):
+        # Each pair owns one stratum of the noise levels, and its own noise.
+        strata = [draw * total_clips + clip for clip in clips]
+        levels = [(stratum + 0.5) / (draws * total_clips) for stratum in strata]
+        t = torch.tensor([int(level * task.schedule.timesteps) for level in levels])
+        generators = [generator_for(seed, VALIDATION, stratum) for stratum in strata]
+        eps = sample_noise(middle.shape[1:], generators, middle.device, task.noise)
+        loss = velocity_loss(
+            model=model,
+            schedule=task.schedule,
+            start_context=start_context,
+            x0=x0,
+            end_context=end_context,
+            t=t.to(middle.device),
+            eps=eps,
+            temporal_loss_weight=task.temporal_loss_weight,
+        )
+        losses.append(loss)
+    return torch.cat(losses)

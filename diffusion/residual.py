@@ -1,40 +1,74 @@
-"""The change of variable of a refining model, which diffuses not the middle but what a predictor misses of it.
+"""The change of variable of a refining model, which diffuses what a predictor misses.
 
     residual = (middle - prediction) / scale
 
-Loss and sampler work on residuals as they work on frames, and know nothing of it. A scale near the predictor's error
-gives the residual about the variance of the noise; one per pixel keeps the noise away from where the predictor is sure.
-Where it is sure and wrong, residuals of hundreds of scales would outweigh all others in the loss: `limit` cuts them.
+Loss and sampler work on residuals as they work on frames and know nothing of it. The scale, one
+per pixel and near the predictor's error, gives residuals about the variance of the noise and
+keeps the noise away from where the predictor is sure. Where it is sure and wrong, residuals of
+hundreds of scales would outweigh all others in the loss: they are cut at RESIDUAL_LIMIT.
 
-Source: Whang et al. 2022, arXiv:2112.02475 (initial predictor); Mardani et al. 2023, arXiv:2309.15214 (CorrDiff).
+Source: Whang et al. 2022, arXiv:2112.02475; Mardani et al. 2023, arXiv:2309.15214 (CorrDiff).
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+# The deviation of a Laplace distribution is 1.4 mean absolute errors; 2 leaves room for outliers.
+ERRORS_PER_SCALE = 2.0
+# In scales. Beyond it lies one value in 3,000 of that distribution; chosen in LOG.md.
+RESIDUAL_LIMIT = 4.0
+# Of the noise that is added to residuals, which have about this correlation between neighbouring
+# pixels, frames and colours: samples then err in patches instead of speckle (LOG.md).
+RESIDUAL_CORRELATION = 0.5
 
 
 class Prediction(NamedTuple):
-    """A guess of the middle, and how far off it may be; the default leaves every number as it is: no predictor."""
+    """A guess of the middle and its error per pixel; the default leaves every number as it is.
 
-    frames: Tensor | float = 0.0  # [B,C,M,H,W] in about [-1, 1]
-    scale: Tensor | float = 1.0  # above 0, a number or [B,1,M,H,W]
-    limit: float = math.inf  # of residuals, in scales
+    Attributes:
+        frames: [B,C,M,H,W] in [-1, 1].
+        scale: above 0, [B,1,M,H,W].
+        limit: of residuals, in scales.
+    """
+
+    frames: Tensor | float = 0.0
+    scale: Tensor | float = 1.0
+    limit: float = math.inf
 
     def to_residual(self, middle: Tensor) -> Tensor:
-        """What the guess misses of middle frames [B,C,M,H,W], in units of the scale, cut at the limit."""
+        """What the guess misses of middle frames [B,C,M,H,W], in scales, cut at the limit."""
         return ((middle - self.frames) / self.scale).clamp(-self.limit, self.limit)
 
     def to_middle(self, residual: Tensor) -> Tensor:
-        """The middle frames [B,C,M,H,W] of a residual; within the limit the inverse of `to_residual`."""
+        """The middle frames of a residual: within the limit the inverse of `to_residual`."""
         return self.frames + self.scale * residual
 
     @property
     def residual_range(self) -> tuple[Tensor | float, Tensor | float]:
-        """The residuals of frames at -1 and at 1, not cut: where clean predictions of the sampler are clipped."""
+        """The residuals, not cut, of frames at -1 and at 1: the sampler clips x0 to these."""
         return (-1 - self.frames) / self.scale, (1 - self.frames) / self.scale
 
 
-Predictor = Callable[[Tensor, Tensor, int], Prediction]  # of both contexts [B,C,K,H,W] and the number of frames M
+@torch.no_grad()
+def predict(
+    predictor: nn.Module | None, start_context: Tensor, end_context: Tensor, num_middle: int
+) -> Prediction:
+    """The frozen predictor's guess, clipped to [-1, 1]; the trivial one without a predictor.
+
+    Args:
+        predictor: a FramePredictor, or None where frames themselves are diffused.
+        start_context: [B,C,K,H,W] in [-1, 1].
+        end_context: the same shape.
+        num_middle: frames M to predict.
+    """
+    if predictor is None:
+        return Prediction()
+    frames, log_error = predictor(start_context, end_context, num_middle)
+    return Prediction(
+        frames=frames.clamp(-1, 1),
+        scale=ERRORS_PER_SCALE * log_error.exp(),
+        limit=RESIDUAL_LIMIT,
+    )

@@ -1,4 +1,4 @@
-"""Noise schedule tables and the algebra between x0, eps, v and x_t: the home of every square root."""
+"""Noise schedule tables and the algebra between x0, eps, v and x_t: every square root is here."""
 
 import math
 
@@ -9,9 +9,10 @@ SCHEDULES = ("cosine", "linear")
 
 
 def cosine_betas(timesteps: int, offset: float = 0.008) -> Tensor:
-    """Betas whose cumulative product follows a squared cosine, [timesteps] float64 in [1e-5, 0.999].
+    """Betas whose cumulative product follows a squared cosine, [timesteps] in [1e-5, 0.999].
 
-    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17; the offset keeps the first steps from vanishing.
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17; the offset keeps the first steps
+    from vanishing.
     """
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
@@ -19,17 +20,21 @@ def cosine_betas(timesteps: int, offset: float = 0.008) -> Tensor:
 
 
 def linear_betas(timesteps: int) -> Tensor:
-    """Betas rising evenly from 1e-4 to 0.02, [timesteps] float64. Source: Ho et al. 2020, arXiv:2006.11239."""
+    """Betas rising evenly from 1e-4 to 0.02, [timesteps] float64.
+
+    Source: Ho et al. 2020, arXiv:2006.11239.
+    """
     return torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
 
 
 class DiffusionSchedule:
-    """The forward process q(x_t | x0) = N(alpha_t * x0, sigma_t^2) with alpha_t^2 + sigma_t^2 = 1, and its algebra.
+    """The forward process q(x_t | x0) = N(alpha_t * x0, sigma_t^2), alpha_t^2 + sigma_t^2 = 1.
 
-    `alpha_bar` is alpha_t squared, [timesteps] float64, decreasing in (0, 1). In the algebra x0, eps, x_t and v are
-    [B,C,M,H,W], and t is [B] long in [0, timesteps): ValueError unless it is one index per clip.
+    `alpha_bar` is alpha_t squared, [timesteps] float64, decreasing in (0, 1). In the algebra x0,
+    eps, x_t and v are [B,C,M,H,W], and t is one index per clip, [B] long in [0, timesteps);
+    a ValueError refuses another shape.
 
-    Source: Ho et al. 2020, arXiv:2006.11239; of the velocity v: Salimans & Ho 2022, arXiv:2202.00512.
+    Source: Ho et al. 2020, arXiv:2006.11239; of the velocity Salimans & Ho 2022, arXiv:2202.00512.
     """
 
     def __init__(self, timesteps: int = 1000, schedule: str = "cosine"):
@@ -43,16 +48,18 @@ class DiffusionSchedule:
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)
 
     def to(self, device: torch.device | str) -> "DiffusionSchedule":
-        """Move the table to `device`, so that lookups there need no transfer; returns self. MPS has no float64."""
-        if torch.device(device).type != "mps":
+        """Move the table to a device, so that lookups there need no transfer; returns self."""
+        if torch.device(device).type != "mps":  # which has no float64
             self.alpha_bar = self.alpha_bar.to(device)
         return self
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, each [B,1,1,1,1] in the dtype and on the device of `like`."""
         if t.shape != like.shape[:1]:
-            raise ValueError(f"t must hold one index per clip, shape ({like.shape[0]},) (got {tuple(t.shape)})")
-        alpha_bar = self.alpha_bar[t.to(self.alpha_bar.device)].view(-1, *[1] * (like.dim() - 1))
+            rule = f"t must hold one index per clip, shape ({like.shape[0]},)"
+            raise ValueError(f"{rule} (got {tuple(t.shape)})")
+        alpha_bar = self.alpha_bar[t.to(self.alpha_bar.device)]
+        alpha_bar = alpha_bar.view(-1, *[1] * (like.dim() - 1))
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ class DiffusionSchedule:
         return alpha_t * eps - sigma_t * x0
 
     def x0_from_v(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Clean frames x0 = alpha_t * x_t - sigma_t * v implied by a velocity; near [-1, 1] but not clamped."""
+        """Clean frames x0 = alpha_t * x_t - sigma_t * v; near [-1, 1] but not clamped."""
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         return alpha_t * x_t - sigma_t * v
 

@@ -1,1 +1,1 @@
-"""The network: (x_t, t, start_context, end_context) -> v, and the predictor that it may refine."""
+"""The two networks: the denoiser (x_t, t, start_context, end_context) -> v, and the predictor."""

@@ -1,4 +1,4 @@
-"""The learned initial predictor: what guesses the middle from both ends, for a diffusion model to refine."""
+"""The initial predictor: guesses the middle from both ends, for a diffusion model to refine."""
 
 import torch
 import torch.nn.functional as F
@@ -8,62 +8,87 @@ from models.modules.layers import ConvNormAct, zero_module
 from models.modules.temporal_attention import sinusoidal_embedding
 
 WIDTH_MULTS = (1, 2, 4, 4)
-NORM_GROUPS = 4  # 32, as in the denoiser, norm each of 32 channels alone, erase its level and cost 1.3 dB
-LOG_ERROR_RANGE = (-7.0, 0.0)  # of the natural logarithm of the expected error: from 0.1 grey levels to half the range
+# With the denoiser's 32 groups, each of the 32 channels at full size would be normed by itself,
+# which erases its level and costs 1.3 dB (LOG.md).
+NORM_GROUPS = 4
+# Of the natural logarithm of the expected error: from 0.1 grey levels to half the range.
+LOG_ERROR_RANGE = (-7.0, 0.0)
 FIRST_LOG_ERROR = -3.0
 
 
 class FramePredictor(nn.Module):
-    """Warps the nearest observed frames to each time between, blends them by a mask, and adds a correction.
+    """Warps the nearest observed frames to each time between, blends them, adds a correction.
 
-    A 2-D U-Net sees all observed frames as channels; its features, modulated by the time of a middle frame, give that
-    frame's two displacements, mask, correction and expected error. It starts as the cross-fade.
+    A 2-D U-Net sees all observed frames as channels. Its features, modulated by the time of a
+    middle frame, give that frame's two displacements, blending mask, correction and expected
+    error. An untrained predictor is the cross-fade.
 
-    Source: synthesis by bidirectional warps and a mask as in Huang et al. 2022, arXiv:2011.06294 (RIFE).
+    Args:
+        image_channels: C, 3 or 1.
+        endpoint_context: observed frames K at each end.
+        width: channels at full size.
+
+    Source: warps from both ends and a mask, as in Huang et al. 2022, arXiv:2011.06294 (RIFE).
     """
 
-    def __init__(self, image_channels: int = 3, endpoint_context: int = 2, width: int = 32, timed: bool = False):
+    def __init__(self, image_channels: int = 3, endpoint_context: int = 2, width: int = 32):
         super().__init__()
-        self.image_channels = image_channels  # C; contexts of a timed predictor have one more, see `add_times`
-        self.width = width  # channels at full size
+        self.image_channels = image_channels
+        self.endpoint_context = endpoint_context
+        self.width = width
         widths = [width * mult for mult in WIDTH_MULTS]
-        inputs = [2 * endpoint_context * (image_channels + timed), *widths[:-1]]
-        pairs, norm = list(zip(inputs, widths, strict=True)), {"groups": NORM_GROUPS}
+        inputs = [2 * endpoint_context * image_channels, *widths[:-1]]
         self.down = nn.ModuleList(
-            nn.Sequential(ConvNormAct(i, w, stride=1 if n == 0 else 2, **norm), ConvNormAct(w, w, **norm))
-            for n, (i, w) in enumerate(pairs)
+            double_conv(channels, below, stride=1 if level == 0 else 2)
+            for level, (channels, below) in enumerate(zip(inputs, widths, strict=True))
         )
         self.up = nn.ModuleList(
-            nn.Sequential(ConvNormAct(below + w, w, **norm), ConvNormAct(w, w, **norm))
-            for w, below in reversed(list(zip(widths[:-1], widths[1:], strict=True)))
+            double_conv(below + above, above)
+            for above, below in reversed(list(zip(widths[:-1], widths[1:], strict=True)))
         )
         self.time = nn.Linear(width, 2 * width)
+        # Two displacements (x, y), a mask, an expected error, a correction of each channel.
         self.out = zero_module(nn.Conv2d(width, 6 + image_channels, 3, padding=1))
 
-    def forward(self, start_context: Tensor, end_context: Tensor, num_middle: int) -> tuple[Tensor, Tensor]:
-        """The middle of contexts [B,C,K,H,W] in [-1, 1], and the log of its expected absolute error.
+    def forward(
+        self, start_context: Tensor, end_context: Tensor, num_middle: int
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the middle frames and how far off each pixel is expected to be.
 
-        Returns: [B,C,M,H,W] in about [-1, 1], and [B,1,M,H,W] in LOG_ERROR_RANGE;
-        any M, and any size above 8 pixels.
+        Args:
+            start_context: [B,C,K,H,W] in [-1, 1], sides of 8 pixels or more.
+            end_context: the same shape.
+            num_middle: frames M to predict.
+
+        Returns: frames [B,C,M,H,W] in about [-1, 1], and the natural logarithm of their expected
+            absolute error, [B,1,M,H,W] in LOG_ERROR_RANGE.
         """
-        b, c = len(start_context), self.image_channels
-        features = self.encode(torch.cat([start_context, end_context], dim=2).flatten(1, 2))  # [B,width,H,W]
+        b = len(start_context)
+        observed = torch.cat([start_context, end_context], dim=2).flatten(1, 2)  # [B,2*K*C,H,W]
+        features = self.encode(observed)  # [B,width,H,W]
 
-        # Modulate the features by the time of each middle frame, as a share of the way from start to end.
-        share = torch.arange(1, num_middle + 1, device=features.device) / (num_middle + 1)  # [M]
-        embedding = sinusoidal_embedding(100 * share, self.width).to(features.dtype)
+        # Modulate the features by the time of each middle frame, 0 at the start and 1 at the end.
+        times = torch.arange(1, num_middle + 1, device=features.device) / (num_middle + 1)  # [M]
+        embedding = sinusoidal_embedding(100 * times, self.width).to(features.dtype)
         scale, shift = self.time(embedding)[:, :, None, None].chunk(2, dim=1)  # [M,width,1,1]
         maps = F.silu(features[:, None] * (1 + scale) + shift).flatten(0, 1)  # [B*M,width,H,W]
         maps = self.out(maps).float()  # [B*M,6+C,H,W]
-        to_start, to_end, mask, log_error, correction = maps.split([2, 2, 1, 1, c], dim=1)
+        to_start, to_end, mask, log_error, correction = maps.split(
+            [2, 2, 1, 1, self.image_channels], dim=1
+        )
 
-        # Warp and blend.
-        start, end = start_context[:, :c, -1].float(), end_context[:, :c, 0].float()  # [B,C,H,W]
-        start, end = (frame.repeat_interleave(num_middle, dim=0) for frame in (start, end))  # [B*M,C,H,W]
-        weight = torch.sigmoid(mask + torch.logit(share).repeat(b)[:, None, None, None])  # the cross-fade's at first
+        # Warp both nearest frames and blend them; a mask of zero is the cross-fade's weight.
+        start = start_context[:, :, -1].float().repeat_interleave(num_middle, dim=0)  # [B*M,C,H,W]
+        end = end_context[:, :, 0].float().repeat_interleave(num_middle, dim=0)
+        cross_fade = torch.logit(times).repeat(b)[:, None, None, None]
+        weight = torch.sigmoid(mask + cross_fade)
         frames = torch.lerp(warp(start, to_start), warp(end, to_end), weight) + correction
         log_error = (log_error + FIRST_LOG_ERROR).clamp(*LOG_ERROR_RANGE)
-        return tuple(x.unflatten(0, (b, num_middle)).transpose(1, 2) for x in (frames, log_error))
+
+        # From [B*M,...] to [B,...,M,H,W].
+        frames = frames.unflatten(0, (b, num_middle)).transpose(1, 2)
+        log_error = log_error.unflatten(0, (b, num_middle)).transpose(1, 2)
+        return frames, log_error
 
     def encode(self, x: Tensor) -> Tensor:
         """The U-Net: observed frames as channels [B,2*K*C,H,W] -> [B,width,H,W]."""
@@ -72,14 +97,34 @@ class FramePredictor(nn.Module):
             x = down(x)
             skips.append(x)
         for up, skip in zip(self.up, reversed(skips[:-1]), strict=True):
-            x = up(torch.cat([F.interpolate(x, size=skip.shape[-2:], mode="nearest"), skip], dim=1))
+            x = F.interpolate(x, size=skip.shape[-2:], mode="nearest")
+            x = up(torch.cat([x, skip], dim=1))
         return x
 
 
+def double_conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """Two ConvNormAct, the first of them with the stride."""
+    return nn.Sequential(
+        ConvNormAct(in_channels, out_channels, stride=stride, groups=NORM_GROUPS),
+        ConvNormAct(out_channels, out_channels, groups=NORM_GROUPS),
+    )
+
+
 def warp(frames: Tensor, displacement: Tensor) -> Tensor:
-    """Frames [B,C,H,W] sampled bilinearly at each pixel plus its displacement [B,2,H,W] (x, y), edges repeated."""
+    """Sample frames bilinearly at each pixel plus its displacement; edges are repeated.
+
+    Args:
+        frames: [B,C,H,W].
+        displacement: [B,2,H,W] in pixels, x then y.
+
+    Returns: [B,C,H,W].
+    """
     h, w = frames.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(h, device=frames.device), torch.arange(w, device=frames.device), indexing="ij")
-    x, y = x + displacement[:, 0], y + displacement[:, 1]  # [B,H,W] in pixels
-    there = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], dim=-1)  # [B,H,W,2] in [-1, 1]
-    return F.grid_sample(frames, there, mode="bilinear", padding_mode="border", align_corners=False)
+    rows = torch.arange(h, device=frames.device)
+    columns = torch.arange(w, device=frames.device)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    x = x + displacement[:, 0]  # [B,H,W]
+    y = y + displacement[:, 1]
+    # Pixel centres lie half a pixel inside the grid's range of [-1, 1].
+    grid = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], dim=-1)  # [B,H,W,2]
+    return F.grid_sample(frames, grid, mode="bilinear", padding_mode="border", align_corners=False)

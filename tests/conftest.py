@@ -8,10 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import diffusion.loss
-import train_video_ddpm
-import utils.io
-from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.io import save_mp4
 
 # Of tiny tensors threads only cost, and spin where tests run beside each other; here, and in every process started.
@@ -82,6 +78,9 @@ def quick(monkeypatch):
     Modules that train a lot ask for it: pytestmark = pytest.mark.usefixtures("quick"). Fixtures of a wider scope are
     set up before it, so the runs of those flush and draw.
     """
+    import diffusion.loss
+    import utils.io
+
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(utils.io, "save_training_curves", lambda file, history: False)
     monkeypatch.setattr(diffusion.loss, "VALIDATION_PAIRS", 8)
@@ -112,6 +111,9 @@ TINY_FLAGS = words(f"{NETWORK} --batch_size 2 --num_workers 0 --vis_steps 2 --lr
 
 def tiny_checkpoint(root, videos, *flags):
     """A tiny checkpoint whose output layer is shaken awake, so that contexts and noise show in its samples."""
+    import train_video_ddpm
+    from utils.checkpoint import load_checkpoint, save_checkpoint
+
     folders = ["--data_root", str(videos), "--out_dir", str(root / "run"), "--cache_dir", str(root / "cache")]
     status = train_video_ddpm.main([*folders, *TINY_FLAGS, *words("--max_steps 2 --vis_every 0"), *flags])
     assert status == 0
@@ -132,6 +134,8 @@ def ckpt(tmp_path_factory, square_videos):
 
 def run(out_dir, flags="", *given, status=0, stop=None, by=signal.SIGTERM):
     """Train in this process and check the exit status; a signal comes right after the step `stop`, as of a terminal."""
+    import train_video_ddpm
+
     step = train_video_ddpm.train_step
 
     def step_then_signal(state, *rest):

@@ -1,1 +1,1 @@
-"""What a run needs beside network and loss: state, optimiser, kinds of clips, presets, validation, checkpoints, log."""
+"""What a training run is made of, beside the loop in train_video_ddpm.py."""

@@ -1,109 +1,109 @@
 """When a run's checkpoints are written, and which of them a run goes on from."""
 
-import shutil
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from training.state import TrainingState, check_resumable
+from training.distributed import print0
+from training.state import TrainingState
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.distributed import print0
-from utils.io import remove_stale_temporaries
+
+NAMES = ("last.pt", "prev.pt")
 
 
 @dataclass
 class Checkpointer:
     """Writes last.pt (keeping the one before as prev.pt) and best.pt.
 
-    One that cannot be written costs a line, not the run. One whose weights are diverged is not written.
+    A checkpoint that cannot be written costs a line, not the run; diverged weights are not saved.
+
+    Attributes:
+        last_is_whole: whether last.pt is known to be readable, and so worth keeping as prev.pt.
+        contents: what is to be saved.
+        probe_loss: the loss of some batch under the weights that are to be saved.
+        every_steps: steps between saves of last.pt; 0 = at the end of an epoch only.
+        failure: of the newest attempt at last.pt.
     """
 
     out_dir: Path
-    last_is_whole: bool  # whether last.pt is known to be readable, and so worth keeping as prev.pt
-    contents: Callable[[], dict[str, Any]]  # what is to be saved
-    probe_loss: Callable[[], float]  # the loss of some batch under the weights that are to be saved
-    every_steps: int = 0  # steps between saves of last.pt; 0 = none
-    every_minutes: float = 0.0  # likewise
-    failure: OSError | FloatingPointError | None = None  # of the newest attempt at last.pt
-    tried_at: float = field(default_factory=lambda: time.monotonic())  # of the newest attempt
+    last_is_whole: bool
+    contents: Callable[[], dict[str, Any]]
+    probe_loss: Callable[[], float]
+    every_steps: int = 0
+    failure: OSError | FloatingPointError | None = None
 
     def due(self, step: int) -> bool:
         """Whether a save is due after this step."""
-        minutes = (time.monotonic() - self.tried_at) / 60
-        by_steps = self.every_steps and step % self.every_steps == 0
-        return bool(by_steps or (self.every_minutes and minutes >= self.every_minutes))
+        return self.every_steps > 0 and step % self.every_steps == 0
 
     def save_best(self, state: TrainingState, val_loss: float) -> None:
-        """Write best.pt if this is the lowest loss; if that fails, the best before stays the one to beat."""
+        """Write best.pt if the loss is the lowest; if that fails, the one before stays to beat."""
         before = state.best_val_loss
         if val_loss < before:
             state.best_val_loss = val_loss
-            if self._save("best.pt", state, None):
+            if self._save("best.pt", state, previous=None):
                 state.best_val_loss = before
 
-    def save_last(self, state: TrainingState) -> bool:
-        """Write last.pt, and keep the one before it as prev.pt; returns whether it could be written."""
-        self.tried_at = time.monotonic()
-        self.failure = self._save("last.pt", state, self.out_dir / "prev.pt" if self.last_is_whole else None)
-        self.last_is_whole |= self.failure is None
-        return self.failure is None
+    def save_last(self, state: TrainingState) -> None:
+        """Write last.pt, and keep the one before it as prev.pt."""
+        previous = self.out_dir / "prev.pt" if self.last_is_whole else None
+        self.failure = self._save("last.pt", state, previous)
+        if self.failure is None:
+            self.last_is_whole = True
 
     def raise_failure(self) -> None:
         """Raises: FloatingPointError or ValueError: if the newest attempt at last.pt failed."""
         if isinstance(self.failure, OSError):
-            lost = "the work since the last save is lost, as it could not be written"
+            lost = "the work since the last save is lost, as last.pt could not be written"
             raise ValueError(f"--out_dir {self.out_dir}: {lost}")
         if self.failure:
             raise self.failure
 
-    def _save(self, name: str, state: TrainingState, previous: Path | None) -> OSError | FloatingPointError | None:
+    def _save(
+        self, name: str, state: TrainingState, previous: Path | None
+    ) -> OSError | FloatingPointError | None:
         failure: OSError | FloatingPointError
+        path = self.out_dir / name
+        threshold = state.metrics.threshold
         try:
-            loss, threshold = self.probe_loss(), state.metrics.threshold
-            if loss <= threshold:  # not so where it is no number
-                save_checkpoint(self.out_dir / name, self.contents(), previous)
+            loss = self.probe_loss()
+            if loss <= threshold:  # which no NaN is
+                save_checkpoint(path, self.contents(), previous)
                 return None
             failure = FloatingPointError(
-                f"{self.out_dir / name} is not written: the weights after step {state.step} are diverged, their loss "
-                f"must be at most {threshold:g} (got {loss:g}; a lower --lr or --warmup_steps may help)"
+                f"{path} is not written: the weights after step {state.step} are diverged, their "
+                f"loss must be at most {threshold:g} (got {loss:g}; a lower --lr may help)"
             )
         except OSError as error:
             failure = error
-        tqdm.write(f"WARNING: {failure}; what was saved before is untouched", file=sys.stderr)
+        tqdm.write(f"WARNING: {failure}; earlier checkpoints are untouched", file=sys.stderr)
         return failure
 
 
-def load_latest(folder: Path) -> tuple[dict[str, Any], Path]:
-    """The checkpoint to go on from, and its file: last.pt, or prev.pt with a loud line where last.pt is damaged.
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint to go on from."""
+    return any((folder / name).exists() for name in NAMES)
 
-    Raises: ValueError: naming last.pt, if neither can be resumed from.
+
+def load_latest(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The checkpoint to go on from, and its file: last.pt, or where that is damaged prev.pt.
+
+    Raises: ValueError: naming last.pt, if neither can be read.
     """
     failures: list[ValueError] = []
-    for path in (folder / "last.pt", folder / "prev.pt"):
+    for name in NAMES:
         try:
-            checkpoint = load_checkpoint(path, resumable=True)
-            check_resumable(checkpoint, path)
+            checkpoint = load_checkpoint(folder / name)
         except ValueError as error:
             failures.append(error)
             continue
         if failures:
-            print0(f"WARNING: {failures[0]}: going on from {path}, step {checkpoint['step']}", file=sys.stderr)
-        return checkpoint, path
+            step = checkpoint["step"]
+            note = f"WARNING: {failures[0]}: going on from {folder / name}, step {step}"
+            print0(note, file=sys.stderr)
+        return checkpoint, folder / name
     raise failures[0]
-
-
-def make_out_dir(out_dir: Path, cache_dir: str, empty: bool) -> None:
-    """Make the run's folder, or ValueError; remove what killed processes left behind there and in the cache."""
-    if empty:
-        shutil.rmtree(out_dir, ignore_errors=True)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out_dir {out_dir}: cannot be made ({error.strerror})") from error
-    remove_stale_temporaries(out_dir)
-    remove_stale_temporaries(Path(cache_dir), untouched=3600)  # half a cache of frames is large

@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its weights: metrics.jsonl, run.json, previews, curves, and what the screen shows."""
+"""What a run leaves beside its weights: metrics.jsonl, run.json, previews, curves, the screen."""
 
 import argparse
 import contextlib
@@ -7,121 +7,184 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from training.distributed import print0
 from training.state import TrainingState
-from training.trackers import Tracker
+from training.validation import Preview
 from utils import io
 from utils.device import describe_machine
-from utils.distributed import print0
 from utils.video_utils import to_uint8
 
 
 class Logger:
-    """Writes a run's records, passes them on to a tracker, if any, and shows a progress bar or lines.
+    """Writes a run's records and shows a progress bar or lines.
 
-    What cannot be written costs a warning, not the run. Lines of metrics.jsonl after `state`, of lost work, go.
+    What cannot be written costs a warning, not the run. Lines of metrics.jsonl of steps after the
+    state's, which are of lost work, are removed.
+
+    Args:
+        tensorboard: whether numbers and previews go to TensorBoard's files in out_dir, too.
     """
 
-    def __init__(self, out_dir: Path, state: TrainingState, device: torch.device, tracker: Tracker | None = None):
+    def __init__(
+        self, out_dir: Path, state: TrainingState, device: torch.device, tensorboard: bool
+    ):
         self.out_dir = out_dir
         self.device = device
         self.path = out_dir / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if state.step and self.path.is_file() else []
-        kept = "".join(f"{line}\n" for line in lines if step_of(line) <= state.step)
+        lines = []
+        if state.step and self.path.is_file():
+            lines = self.path.read_text().splitlines()
+        kept = [f"{line}\n" for line in lines if step_of(line) <= state.step]
         with warn_if_unwritable(self.path), io.atomic_write(self.path) as file:
-            file.write(kept.encode())
-        self.tracker = tracker
-        self.bar = tqdm(total=state.total_steps, initial=state.step, desc="training", unit="step", disable=None)
+            file.write("".join(kept).encode())
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge_step = state.step + 1 if state.step else None
+            self.writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=purge_step)
+        self.bar = tqdm(
+            total=state.total_steps,
+            initial=state.step,
+            desc="training",
+            unit="step",
+            disable=None,
+        )
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Begin to measure clips per second anew."""
-        self.clips, self.since = 0, time.perf_counter()
+        self.clips = 0
+        self.since = time.perf_counter()
 
     def count_step(self, clips: int) -> None:
-        """One more step is done, over so many clips of all processes."""
+        """Count one more step, over the clips of all processes."""
         self.clips += clips
         self.bar.update()
 
-    def log_run(self, args: dict[str, Any]) -> None:
-        """Write run.json: arguments, versions, git commit and whether the tree was clean, device."""
+    def log_run(self, args: argparse.Namespace) -> None:
+        """Write run.json: arguments, versions, git commit, device."""
         with warn_if_unwritable(self.out_dir / "run.json"):
-            io.save_json(self.out_dir / "run.json", {"args": args} | describe_machine(self.device))
+            machine = describe_machine(self.device)
+            io.save_json(self.out_dir / "run.json", {"args": vars(args), **machine})
 
-    def log_train(self, state: TrainingState, epoch: float, loss: float | None, grad_norm: float) -> None:
-        """A line for the steps since the last one; a loss of None = no step had a finite one."""
+    def log_train(self, state: TrainingState, epoch: float, loss: float | None) -> None:
+        """A line for the steps since the last one; a loss of None = no step was finite."""
         lr = state.optimizer.param_groups[0]["lr"]
-        speed = self.clips / (time.perf_counter() - self.since)  # the device is done with them: the loss was read
-        memory = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
-        values = {"epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None}
-        values |= {**state.metrics.bad_steps(), "clips_per_second": speed, "gpu_memory_mib": memory}
+        grad_norm = state.metrics.read()["grad_norm"]
+        # The device is done with these steps, as their loss was read.
+        speed = self.clips / (time.perf_counter() - self.since)
+        memory = None
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device) / 2**20
+        values = {
+            "epoch": epoch,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            **state.metrics.bad_steps(),
+            "clips_per_second": speed,
+            "gpu_memory_mib": memory,
+        }
         self._log("train", state.step, values)
         self.bar.set_postfix(loss=loss_text(loss))
         if self.bar.disable:
-            print(f"step {state.step}  loss {loss_text(loss)}  lr {lr:.2e}  {speed:.1f} clips/s", flush=True)
+            line = f"step {state.step}  loss {loss_text(loss)}  lr {lr:.2e}  {speed:.1f} clips/s"
+            print(line, flush=True)
         self.restart_clock()
 
-    def log_epoch(self, entry: dict[str, Any], epochs: int, state: TrainingState) -> None:
-        """A line for an epoch: losses and, where a preview was made, its scores; the curves then, and at the end."""
-        losses = f"training loss {loss_text(entry['train_loss'])}  validation loss {entry['val_loss']:.4f}"
-        scores = ""
+    def log_epoch(self, entry: dict[str, Any], state: TrainingState) -> None:
+        """A line for an epoch: losses and, where there is a preview, its scores and the curves."""
+        line = f"epoch {entry['epoch']}  training loss {loss_text(entry['train_loss'])}"
+        line += f"  validation loss {entry['val_loss']:.4f}"
         if "psnr" in entry:
-            scores = f"  middle PSNR {entry['psnr']:.2f} dB (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
-        tqdm.write(f"epoch {entry['epoch']}/{epochs}  {losses}{scores}")
-        self._log("val", entry["step"], {name: value for name, value in entry.items() if name != "step"})
+            line += f"  middle PSNR {entry['psnr']:.2f} dB"
+            line += f" (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
+        tqdm.write(line)
+        values = {name: value for name, value in entry.items() if name != "step"}
+        self._log("val", entry["step"], values)
         if "psnr" in entry or state.finished:
-            with warn_if_unwritable(self.out_dir / "training_curves.png"):
-                io.save_training_curves(self.out_dir / "training_curves.png", state.history)
+            curves = self.out_dir / "training_curves.png"
+            with warn_if_unwritable(curves):
+                io.save_training_curves(curves, state.history)
 
-    def log_preview(self, name: str, step: int, endpoint_context: int, clip: Tensor, generated: Tensor) -> None:
-        """Write NAME.png, true rows above generated ones, and NAME.mp4 of the same; clips [B,C,T,H,W] in [-1, 1]."""
-        stem = self.out_dir / name
-        truth, made = to_uint8(clip).cpu(), to_uint8(generated).cpu()
-        rows = [row for pair in zip(truth, made, strict=True) for row in pair]
-        sheet = io.contact_sheet(rows, io.observed_frames(clip.shape[2], endpoint_context))
-        video = torch.cat([torch.cat(list(truth), dim=3), torch.cat(list(made), dim=3)], dim=2)  # [C,T,2H,B*W]
+    def log_preview(self, epoch: int, step: int, preview: Preview) -> dict[str, float]:
+        """Write the epoch's sample as PNG, true rows above generated ones, and as MP4.
+
+        Returns: mean PSNR in dB of the middles and of their cross-fades.
+        """
+        stem = self.out_dir / f"epoch_{epoch:04d}_sample"
+        truth = to_uint8(preview.truth)
+        generated = to_uint8(preview.generated)
+        rows = [row for pair in zip(truth, generated, strict=True) for row in pair]
+        observed = io.observed_frames(truth.shape[2], preview.endpoint_context)
+        sheet = io.contact_sheet(rows, observed)
+        # Clips beside each other, the truth above: [C,T,2H,B*W].
+        above = torch.cat(list(truth), dim=3)
+        below = torch.cat(list(generated), dim=3)
+        video = io.enlarge(torch.cat([above, below], dim=2), truth.shape[-1])
         with warn_if_unwritable(stem):
             io.save_png(stem.with_suffix(".png"), sheet)
-            io.save_mp4(stem.with_suffix(".mp4"), io.enlarge(video, clip.shape[-1]), fps=8)
-            if self.tracker is not None:
-                self.tracker.log_picture(sheet, step)
+            io.save_mp4(stem.with_suffix(".mp4"), video, fps=8)
+            if self.writer is not None:
+                self.writer.add_image("preview", sheet, step)
+        return {"psnr": preview.psnr, "psnr_cross_fade": preview.psnr_cross_fade}
 
     def close(self) -> None:
         """Flush what is buffered."""
         self.bar.close()
-        if self.tracker is not None:
-            self.tracker.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def _log(self, kind: str, step: int, values: dict[str, float | None]) -> None:
         with warn_if_unwritable(self.path), self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        if self.tracker is not None:
-            self.tracker.log(kind, values, step)
+        for name, value in values.items() if self.writer else ():
+            if value is not None:
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
 
 
-def describe_run(args: argparse.Namespace, state: TrainingState, clips: str, amp_dtype: torch.dtype | None) -> None:
+def check_tensorboard(wanted: bool) -> None:
+    """Raises: ValueError: if TensorBoard is wanted and not installed."""
+    if wanted and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard")
+
+
+def describe_run(
+    args: argparse.Namespace, state: TrainingState, clips: str, amp_dtype: torch.dtype | None
+) -> None:
     """Print what is about to happen, and what a flag does not do here."""
-    parameters, device = sum(p.numel() for p in state.model.parameters()), state.metrics.values.device
-    precision = {None: "float32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast"}[amp_dtype]
-    at_once = f"; {args.processes} processes, {args.processes * args.batch_size} clips at once"
-    print0(
-        f"{clips}; {parameters:,} parameters; {device}, {precision}; steps {state.step + 1} to {state.total_steps}"
-        + at_once * (args.processes > 1)
-    )
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    device = state.metrics.values.device
+    precisions = {
+        None: "float32",
+        torch.bfloat16: "bf16 autocast",
+        torch.float16: "fp16 autocast",
+    }
+    line = f"{clips}; {args.train} of {parameters:,} parameters; {device}, {precisions[amp_dtype]}"
+    line += f"; steps {state.step + 1} to {state.total_steps}"
+    if args.processes > 1:
+        line += f"; {args.processes} processes, {args.processes * args.batch_size} clips at once"
+    print0(line)
     if args.amp and device.type != "cuda":
         print0(f"--amp does nothing on {device.type}: training in float32")
+    if args.train == "predictor":
+        return
     if not args.cfg_drop_prob and args.vis_every and args.vis_guidance_scale != 1:
-        print0("note: --cfg_drop_prob 0 trains no unconditional branch: previews need --vis_guidance_scale 1")
+        remedy = "previews need --vis_guidance_scale 1"
+        print0(f"note: --cfg_drop_prob 0 trains no unconditional branch: {remedy}")
     blind = ", ".join(map(str, state.model.blind_levels))
     if blind:
         remedy = "--base_channels of 3 * 2^n, such as 24, 48 or 96, keeps it"
-        print0(f"note: at level {blind} norms have one channel per group and erase the time embedding; {remedy}")
+        reason = "norms have one channel per group and erase the time embedding"
+        print0(f"note: at level {blind} {reason}; {remedy}")
 
 
 @contextlib.contextmanager
@@ -130,7 +193,8 @@ def warn_if_unwritable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        tqdm.write(f"WARNING: {path} could not be written ({error.strerror or error})", file=sys.stderr)
+        reason = error.strerror or error
+        tqdm.write(f"WARNING: {path} could not be written ({reason})", file=sys.stderr)
 
 
 def loss_text(loss: float | None) -> str:
@@ -143,4 +207,4 @@ def step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        return math.inf

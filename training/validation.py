@@ -1,76 +1,100 @@
-"""What a run measures and shows of itself: the loss on held-out clips, previews, the scale of residuals."""
+"""What a run measures and shows of itself: the loss on held-out clips, and previews."""
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.loss import predictor_loss, validation_sum
 from diffusion.noise import PREVIEW, generator_for
-from diffusion.pipeline import MiddleFramePipeline, make_predictor
-from training.clip_shapes import cut_clips
-from training.state import TrainingState
-from utils import distributed
+from diffusion.pipeline import MiddleFramePipeline
+from training import distributed
+from training.objective import Objective
 from utils.video_utils import cross_fade, join_clip, psnr, split_clip
+
+
+class Preview(NamedTuple):
+    """True and generated clips [B,C,T,H,W] in [-1, 1], and mean PSNR in dB of their middles."""
+
+    truth: Tensor
+    generated: Tensor
+    endpoint_context: int
+    psnr: float
+    psnr_cross_fade: float
 
 
 @torch.no_grad()
 def validate(
-    state: TrainingState,
-    pipe: MiddleFramePipeline,
+    ema: nn.Module,
+    objective: Objective,
     batches: Iterable[Tensor],
-    clips: int,
-    args: argparse.Namespace,
-) -> float:
-    """The loss of EMA over the whole split of so many clips, or FloatingPointError; `batches` are this process's."""
-    parts = (cut_clips(clip, args) for clip in batches)
-    if state.predicting:
-        losses = [predictor_loss(state.ema.predictor, *part).sum().item() for part in parts]
-        sums = (sum(losses), len(distributed.rank_slice(clips)))
-    else:
-        parts = ((start, pipe.predict(start, end, x0.shape[2]).to_residual(x0), end) for start, x0, end in parts)
-        first, weights = distributed.rank_slice(clips).start, (args.temporal_loss_weight, pipe.noise)
-        sums = validation_sum(state.ema, pipe.schedule, parts, clips, args.seed, *weights, first=first)
-    loss, pairs = distributed.all_reduce_sum(*sums)
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the validation loss must stay finite (got {loss / pairs})")
-    return loss / pairs
-
-
-def preview(
-    pipe: MiddleFramePipeline,
-    clip: Tensor | None,
     first: int,
-    steps: int,
-    args: argparse.Namespace,
-    log: Callable[..., None],
-) -> dict[str, float]:
-    """Regenerate the middle of this process's preview clips [B,C,T,H,W], the `first` of all on, from fixed noise.
+    endpoint_context: int,
+) -> float:
+    """The loss of EMA over the whole held-out split.
 
-    Returns: on rank 0, which logs true and generated clips, the mean PSNR in dB of the middle and of the cross-fade.
+    Args:
+        batches: this process's clips of the split, [B,C,T,H,W], in order.
+        first: the number of the first of them in the split.
+
+    Raises: FloatingPointError: if the loss is not finite.
     """
-    made = None
-    if clip is not None:
-        start, middle, end = split_clip(clip, args.endpoint_context)
-        generators = [generator_for(args.seed, PREVIEW, first + i) for i in range(len(clip))]
-        how = {"steps": steps, "guidance_scale": args.vis_guidance_scale}
-        generated = pipe(start, end, generator=generators, dynamic_threshold=args.dynamic_threshold, **how)
-        scores = (psnr(generated, middle), psnr(cross_fade(start, end, middle.shape[2]), middle))
-        made = [part.cpu() for part in (clip, join_clip(start, generated, end), *scores)]
-    parts = [part for part in distributed.gather(made) if part]
-    if not parts:
-        return {}
-    clip, generated, scores, faded_scores = map(torch.cat, zip(*parts, strict=True))
-    log(clip, generated)
-    return {"psnr": scores.mean().item(), "psnr_cross_fade": faded_scores.mean().item()}
+    number = first
+    total = 0.0
+    count = 0
+    for clips in batches:
+        start, middle, end = split_clip(clips, endpoint_context)
+        numbers = range(number, number + len(clips))
+        losses = objective.validation_losses(ema, start, middle, end, numbers)
+        total += sum(losses.tolist())
+        count += len(losses)
+        number = numbers.stop
+    total, count = distributed.all_reduce_sum(total, count)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the validation loss must stay finite (got {total / count})")
+    return total / count
 
 
-@torch.no_grad()
-def measure_scale(parts: Iterable[tuple[Tensor, Tensor, Tensor]], predictor: str, model: nn.Module) -> float:
-    """The deviation of what a predictor that needs no training misses, on batches of (start, middle, end)."""
-    predict, squares = make_predictor(predictor, 1.0, model), []
-    for start, middle, end in parts:
-        squares.append(predict(start, end, middle.shape[2]).to_residual(middle).square().mean().item())
-    return max(2 / 255, math.sqrt(sum(squares) / len(squares)))  # not below a grey level, where nothing moves
+def make_preview(
+    pipe: MiddleFramePipeline, clips: Tensor | None, first: int, args: argparse.Namespace
+) -> Preview | None:
+    """Regenerate the middle of held-out clips from fixed noise; on rank 0, those of all processes.
+
+    Args:
+        clips: this process's, [B,C,T,H,W]; None if it has none.
+        first: the number of its first clip among all.
+    """
+    parts = None
+    if clips is not None:
+        start, middle, end = split_clip(clips, pipe.endpoint_context)
+        m = middle.shape[2]
+        settings = {}
+        if pipe.model is not None:
+            settings = {"steps": args.vis_steps, "guidance_scale": args.vis_guidance_scale}
+        numbers = range(first, first + len(clips))
+        generated = pipe(
+            start,
+            end,
+            num_middle=m,
+            generator=[generator_for(args.seed, PREVIEW, number) for number in numbers],
+            **settings,
+        )
+        parts = (
+            clips.cpu(),
+            join_clip(start, generated, end).cpu(),
+            psnr(generated, middle).cpu(),
+            psnr(cross_fade(start, end, m), middle).cpu(),
+        )
+    gathered = [part for part in distributed.gather(parts) if part is not None]
+    if not gathered:
+        return None
+    truth, generated, scores, faded = (torch.cat(group) for group in zip(*gathered, strict=True))
+    return Preview(
+        truth=truth,
+        generated=generated,
+        endpoint_context=pipe.endpoint_context,
+        psnr=scores.mean().item(),
+        psnr_cross_fade=faded.mean().item(),
+    )

@@ -7,7 +7,7 @@ from models.modules.temporal_attention import TemporalAttention
 
 
 class TemporalAttentionBlock(nn.Module):
-    """GroupNorm, attention of each pixel over its frames, 1x1x1 convolution (zero at the start), plus the input."""
+    """GroupNorm, attention of each pixel over its frames, 1x1x1 convolution, plus the input."""
 
     def __init__(self, channels: int, heads: int = 4):
         super().__init__()
@@ -19,5 +19,5 @@ class TemporalAttentionBlock(nn.Module):
         """[B,C,M,H,W] -> the same shape."""
         b, c, m, h, w = x.shape
         tokens = self.norm(x).permute(0, 3, 4, 2, 1).reshape(b * h * w, m, c)  # [B*H*W,M,C]
-        mixed = self.attention(tokens).reshape(b, h, w, m, c).permute(0, 4, 3, 1, 2)  # [B,C,M,H,W]
-        return x + self.proj(mixed)
+        mixed = self.attention(tokens).reshape(b, h, w, m, c)
+        return x + self.proj(mixed.permute(0, 4, 3, 1, 2))  # [B,C,M,H,W]

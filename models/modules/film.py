@@ -6,7 +6,7 @@ from models.modules.layers import zero_module
 
 
 class FiLM(nn.Module):
-    """x * (1 + scale) + shift, both predicted per pixel, zero at the start, and shared by all frames.
+    """x * (1 + scale) + shift, both predicted per pixel; zero at first, shared by all frames.
 
     Source: Perez et al. 2018, arXiv:1709.07871.
     """

@@ -1,0 +1,141 @@
+"""The clips of a training run: both splits of a folder, loaded in batches, cut to any length."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.frame_cache import CachedFrames
+from data.kinetics_video_dataset import (
+    DecodedFrames,
+    ReadErrors,
+    ResumableBatchSampler,
+    VideoClipDataset,
+    collate,
+)
+from data.synthetic_videos import make_synthetic_videos
+from data.video_index import clip_span, prepare_videos
+from utils.video_utils import FrameSize
+
+
+def open_clips(
+    data_root: str | Path | None,
+    *,
+    num_frames: int,
+    frame_stride: int,
+    size: FrameSize,
+    color_mode: str,
+    seed: int,
+    cache_dir: str | Path,
+    cache_videos: bool,
+    threads: int,
+    **split: Any,
+) -> tuple[VideoClipDataset, VideoClipDataset]:
+    """The training clips, at random windows, and the held-out clips, at their central ones.
+
+    Args:
+        data_root: folder of MP4 files; None = the built-in clips, which are rendered once.
+        cache_videos: decode every video once, to disk.
+        threads: for rendering, indexing and decoding.
+        split: val_ratio, max_videos and log of `prepare_videos`.
+
+    Raises: ValueError: if there are none, or no room for the cache.
+    """
+    train_videos, val_videos = prepare_videos(
+        data_root or make_synthetic_videos(cache_dir, threads),
+        span=clip_span(num_frames, frame_stride),
+        seed=seed,
+        cache_dir=cache_dir,
+        workers=threads,
+        **split,
+    )
+    source = DecodedFrames(size, color_mode)
+    if cache_videos:
+        videos = train_videos + val_videos
+        source = CachedFrames(videos, size, color_mode, cache_dir, threads)
+    cut = partial(
+        VideoClipDataset,
+        source=source,
+        num_frames=num_frames,
+        frame_stride=frame_stride,
+        seed=seed,
+    )
+    return cut(train_videos, random_window=True), cut(val_videos, random_window=False)
+
+
+class ClipLoader:
+    """Batches of float clips [B,C,T,H,W] in [-1, 1] on the device of a run.
+
+    Args:
+        order: keys of the training batches.
+        held_out: numbers of the held-out clips that this process validates on.
+        device: where clips go.
+        batch_size: of held-out clips.
+        workers: loading processes per loader; 0 = the main process loads.
+        worker_init_fn: what each of them does first.
+        log: gets a line for each file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        train_clips: VideoClipDataset,
+        val_clips: VideoClipDataset,
+        *,
+        order: ResumableBatchSampler,
+        held_out: range,
+        device: torch.device,
+        batch_size: int,
+        workers: int,
+        worker_init_fn: Callable[[int], None],
+        log: Callable[[str], None],
+    ):
+        self.val_clips = val_clips
+        self.device = device
+        self.errors = ReadErrors(log=log)
+        load = partial(
+            DataLoader,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            collate_fn=collate,
+            worker_init_fn=worker_init_fn,
+        )
+        self.train_loader = load(train_clips, batch_sampler=order)
+        keys = [(0, clip) for clip in held_out]
+        batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+        self.val_loader = load(val_clips, batch_sampler=batches)
+
+    def train(self) -> Iterator[Tensor]:
+        """The training batches of this process, in order."""
+        return self.errors.load(self.train_loader, self.device)
+
+    def validation(self) -> Iterator[Tensor]:
+        """The held-out clips of this process, in order."""
+        return self.errors.load(self.val_loader, self.device)
+
+    def read_some(self, numbers: list[int]) -> Tensor | None:
+        """The held-out clips of these numbers in one batch; None of no number."""
+        if not numbers:
+            return None
+        reads = [self.val_clips[0, number] for number in numbers]
+        return next(self.errors.load([collate(reads)], self.device))
+
+
+def crop_to_length(clips: Tensor, lengths: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Cut a batch of clips to a length and a place that are drawn for it.
+
+    Args:
+        clips: [B,C,T,H,W], with T the greater of the lengths.
+        lengths: the shortest and the longest; equal ones leave the clips as they are.
+        generator: on the CPU.
+    """
+    shortest, longest = lengths
+    if shortest == longest:
+        return clips
+    length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+    first = int(torch.randint(longest - length + 1, (), generator=generator))
+    return clips[:, :, first : first + length]

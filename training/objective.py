@@ -1,0 +1,137 @@
+"""What a run learns, picked once: its network, its loss, and what its checkpoints say of it."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.loss import (
+    DiffusionTask,
+    diffusion_loss,
+    diffusion_validation_losses,
+    predictor_loss,
+)
+from diffusion.noise import INIT, NoiseConfig, generator_for
+from diffusion.pipeline import MiddleFramePipeline, load_network
+from diffusion.residual import RESIDUAL_CORRELATION
+from diffusion.schedule import DiffusionSchedule
+from models.modules.layers import use_fast_layout
+from models.predictor import FramePredictor
+from models.video_unet3d import VideoUNet3D
+from training.arguments import UNSAVED_FLAGS
+from training.distributed import rank, world_size
+from utils.video_utils import as_pair
+
+
+class Objective(NamedTuple):
+    """One of the two objectives, with all that it needs.
+
+    Attributes:
+        loss: (model, start, middle, end, generator) -> a loss per clip.
+        validation_losses: (model, start, middle, end, numbers of the clips) -> losses.
+        pipe: samples with the EMA, for previews.
+    """
+
+    loss: Callable[..., Tensor]
+    validation_losses: Callable[..., Tensor]
+    pipe: MiddleFramePipeline
+
+
+def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the network that the run trains."""
+    config = {
+        "image_channels": 1 if args.color_mode == "gray" else 3,
+        "endpoint_context": args.endpoint_context,
+    }
+    if args.train == "diffusion":
+        config["base_channels"] = args.base_channels
+        config["channel_mults"] = args.channel_mults
+        config["res_blocks"] = args.res_blocks
+        config["temporal_attn_levels"] = args.temporal_attn_levels
+    return config
+
+
+def clip_config_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a clip is to sampling, unless told otherwise; of --T 6 12 the longest."""
+    return {
+        "num_frames": as_pair(args.num_frames)[1],
+        "size": args.size,
+        "frame_stride": args.frame_stride,
+        "color_mode": args.color_mode,
+    }
+
+
+def build_network(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The network that the run trains, with fresh weights by the seed."""
+    torch.manual_seed(generator_for(args.seed, INIT).initial_seed())
+    network = {"predictor": FramePredictor, "diffusion": VideoUNet3D}[args.train]
+    return use_fast_layout(network(**model_config_of(args)).to(device))
+
+
+def pick_objective(
+    args: argparse.Namespace,
+    ema: nn.Module,
+    predictor: dict[str, Any] | None,
+    val_clips: int,
+    amp_dtype: torch.dtype | None,
+) -> Objective:
+    """The objective of --train.
+
+    Args:
+        ema: the averaged network, on its device.
+        predictor: config and weights of the frozen predictor to refine around, or None.
+        val_clips: how many clips are held out.
+        amp_dtype: of autocast.
+    """
+    device = next(ema.parameters()).device
+    frozen = load_network(FramePredictor, predictor, args.predictor, device)
+    task = DiffusionTask(
+        schedule=DiffusionSchedule(args.timesteps, args.beta_schedule).to(device),
+        noise=NoiseConfig(args.noise_offset, RESIDUAL_CORRELATION if frozen else 0.0),
+        predictor=frozen,
+        temporal_loss_weight=args.temporal_loss_weight,
+        cfg_drop_prob=args.cfg_drop_prob,
+        part=(rank(), world_size()),
+    )
+    pipe = partial(
+        MiddleFramePipeline,
+        schedule=task.schedule,
+        clip_config=clip_config_of(args),
+        noise=task.noise,
+        amp_dtype=amp_dtype,
+    )
+    if args.train == "predictor":
+        return Objective(
+            loss=predictor_loss,
+            validation_losses=predictor_loss,
+            pipe=pipe(model=None, predictor=ema),
+        )
+    return Objective(
+        loss=partial(diffusion_loss, task=task),
+        validation_losses=partial(
+            diffusion_validation_losses, task=task, total_clips=val_clips, seed=args.seed
+        ),
+        pipe=pipe(model=ema, predictor=frozen),
+    )
+
+
+def configs_of(
+    args: argparse.Namespace, objective: Objective, predictor: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What a checkpoint says of the run, beside its state."""
+    noise = objective.pipe.noise
+    return {
+        "predictor": predictor,
+        "model_config": model_config_of(args),
+        "diffusion_config": {
+            "timesteps": args.timesteps,
+            "schedule": args.beta_schedule,
+            "noise_offset": noise.offset,
+            "noise_correlation": noise.correlation,
+        },
+        "clip_config": clip_config_of(args),
+        "args": {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS},
+    }

@@ -1,0 +1,60 @@
+"""Stopping a run: signals that end it after a step, and loading processes that would outlive it."""
+
+import multiprocessing
+import signal
+from types import FrameType
+
+# SIGUSR1 is what batch systems send ahead of time; Windows does not have it.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]
+
+
+class StopRequest:
+    """Remembers the first stop signal, so that the loop ends between steps; a second acts at once.
+
+    Attributes:
+        signal: the number of the signal that came; 0 = none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def worker_init_fn(worker: int) -> None:
+    """Leave stopping to the main process: a loading process that died would break its save.
+
+    The second SIGTERM ends it, as torch's own shutdown of a stuck process needs.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def end_next_time(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, end_next_time)
+
+
+def kill_loading_processes() -> None:
+    """Kill and reap loading processes, which outlive a signal and for which Python would wait."""
+    # torch's handler would take their end for an accident; Windows has no such signal.
+    handler = None
+    if hasattr(signal, "SIGCHLD"):
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)

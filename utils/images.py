@@ -1,0 +1,61 @@
+"""Observed frames from files, pictures and arrays, as the network takes them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.io import read_image
+from utils.video_utils import FrameSize, resize_and_crop, to_float, to_gray
+
+Frames = Tensor | Sequence[Any]
+
+
+def load_context(frames: Frames, size: FrameSize, color_mode: str) -> Tensor:
+    """K observed frames of one end, float [B,C,K,H,W] in [-1, 1].
+
+    Args:
+        frames: a tensor [B,C,K,H,W] or [C,K,H,W], float in [-1, 1] or uint8, which is taken as
+            it is; or what `load_frames` takes.
+        size: of the frames in pixels, where they are loaded.
+        color_mode: "rgb" or "gray", likewise.
+    """
+    if not isinstance(frames, Tensor):
+        frames = load_frames(frames, size, color_mode)
+    if frames.dtype == torch.uint8:
+        frames = to_float(frames)
+    if not frames.is_floating_point():
+        raise ValueError(f"frames must be float in [-1, 1] or uint8 (got {frames.dtype})")
+    return frames.float() if frames.dim() == 5 else frames.float()[None]
+
+
+def load_frames(frames: Sequence[Any], size: FrameSize, color_mode: str) -> Tensor:
+    """Frames in time order, resized and centre-cropped as clips are.
+
+    Args:
+        frames: K of them, each a path, a PIL image or an array uint8 [H,W] or [H,W,3].
+
+    Returns: uint8 [1,C,K,H,W].
+    Raises: ValueError: naming what is wrong with a frame.
+    """
+    if isinstance(frames, str) or not isinstance(frames, (Sequence, np.ndarray)) or not len(frames):
+        raise ValueError(f"frames must be a sequence of K images (got {frames!r})")
+    pictures = torch.stack([resize_and_crop(load_frame(frame), size) for frame in frames])
+    if color_mode == "gray":
+        pictures = to_gray(pictures)
+    return pictures.transpose(0, 1)[None]
+
+
+def load_frame(frame: Any) -> Tensor:
+    """A path, a PIL image or an array uint8 [H,W] or [H,W,3] as uint8 [3,H,W]."""
+    if isinstance(frame, (str, Path)):
+        return read_image(frame)
+    pixels = np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
+        got = f"{pixels.dtype} {list(pixels.shape)}"
+        raise ValueError(f"a frame must be uint8 [H,W] or [H,W,3] (got {got})")
+    picture = torch.from_numpy(np.atleast_3d(pixels).copy()).permute(2, 0, 1)
+    return picture.expand(3, -1, -1)
