@@ -44,16 +44,8 @@ from utils.video_utils import (
 BATCH_SIZE = 8  # clips per forward
 WORKING_PIXELS = 256 * 256  # frames of larger videos are generated at about this many, enlarged
 OOM_REMEDY = "--num_clips, --size or --T"
-WRITTEN = (
-    "sample.json",
-    "sample.mp4",
-    "sample.gif",
-    "sheet.png",
-    "start_context.png",
-    "end_context.png",
-    "frames",
-    "video.mp4",
-)
+# sample.json is last to be written, video.mp4 belongs to --video.
+WRITTEN = ("sample.json", "sample.mp4", "frames", "video.mp4")
 
 
 def build_parser() -> Parser:
@@ -112,20 +104,17 @@ class Contexts(NamedTuple):
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises: ValueError: for flags that do not go together."""
+    others = (args.start_images, args.data_root, args.num_frames)
     if (args.start_images is None) != (args.end_images is None):
         raise ValueError("--start_images and --end_images must be given together")
     if args.start_images and (args.data_root or args.num_clips > 1):
         raise ValueError("--start_images must be given without --data_root and --num_clips")
     if args.middle_images and not args.start_images:
         raise ValueError("--middle_images needs --start_images and --end_images")
-    if (args.video is None) != (args.gap is None):
-        raise ValueError("--video and --gap must be given together")
-    others = (args.start_images, args.data_root, args.num_frames)
+    if (args.video is None) != (args.gap is None) or (args.lossless and not args.video):
+        raise ValueError("--video needs --gap, and --gap and --lossless need --video")
     if args.video and (any(others) or args.num_samples > 1):
-        unused = "images, --data_root, --T and --num_samples"
-        raise ValueError(f"--video must be given without {unused}")
-    if args.lossless and not args.video:
-        raise ValueError("--lossless needs --video")
+        raise ValueError("--video excludes images, --data_root, --T and --num_samples")
 
 
 def fill_from_checkpoint(args: argparse.Namespace, pipe: MiddleFramePipeline) -> None:
@@ -134,14 +123,13 @@ def fill_from_checkpoint(args: argparse.Namespace, pipe: MiddleFramePipeline) ->
     Raises: ValueError: naming the flag, the rule and the value.
     """
     trained = {**pipe.clip_config, "endpoint_context": pipe.endpoint_context}
-    for name in ("endpoint_context", "color_mode"):
+    for name in ("num_frames", "size", "endpoint_context", "color_mode"):
         given = getattr(args, name)
-        if given not in (None, trained[name]):
+        if given is None and not (name == "size" and args.video):
+            setattr(args, name, trained[name])
+        elif name in ("endpoint_context", "color_mode") and given != trained[name]:
             rule = f"--{name} is fixed by {args.ckpt}"
             raise ValueError(f"{rule} (got {given}, trained with {trained[name]})")
-    for name in ("num_frames", "size", "endpoint_context", "color_mode"):
-        if getattr(args, name) is None and not (name == "size" and args.video):
-            setattr(args, name, trained[name])
     k = args.endpoint_context
     if args.num_frames <= 2 * k:
         rule = "--T must exceed 2 * --endpoint_context so that a middle exists"
@@ -198,12 +186,7 @@ def refuse_to_overwrite(out_dir: Path, overwrite: bool) -> None:
 def save_sample(
     folder: Path, contexts: Contexts, clip: int, middle: Tensor, fps: int, facts: dict[str, Any]
 ) -> dict[str, float] | None:
-    """Write one generated clip in every form, its middle between the untouched observed frames.
-
-    Args:
-        clip: its number in the contexts.
-        middle: uint8 [C,M,H,W].
-        facts: what sample.json is to say beside the scores.
+    """Write one clip in every form: its middle, uint8 [C,M,H,W], between the observed frames.
 
     Returns: PSNR in dB of the middle and of the cross-fade; None where the truth is unknown.
     """

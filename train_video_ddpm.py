@@ -7,7 +7,6 @@ any time; the same command with --resume goes on from there.
 import argparse
 import contextlib
 import math
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,14 +21,13 @@ from data.kinetics_video_dataset import ResumableBatchSampler, steps_per_epoch
 from data.training_clips import ClipLoader, crop_to_length, open_clips
 from diffusion.noise import LENGTH, TRAIN, generator_for
 from diffusion.schedule import SCHEDULES
-from models.video_unet3d import check_size
 from training import distributed
 from training.arguments import Start, plan_stages, resolve_stage
 from training.checkpointer import Checkpointer
 from training.distributed import print0
-from training.logger import Logger, check_tensorboard, describe_run
+from training.logger import Logger, describe_run
 from training.objective import Objective, build_network, configs_of, pick_objective
-from training.signals import StopRequest, kill_loading_processes, worker_init_fn
+from training.signals import StopRequest, end_loading_processes, worker_init_fn
 from training.state import (
     TrainingState,
     get_lr,
@@ -79,11 +77,11 @@ PRESETS = {
             "lr": 2e-3,
             "warmup_steps": 50,
             "ema_decay": 0.99,
+            "vis_every": 9,
             "log_every": 50,
         },
         "predictor": {
             "epochs": 34,
-            "vis_every": 9,
         },
         "diffusion": {
             "base_channels": 24,
@@ -91,7 +89,6 @@ PRESETS = {
             "res_blocks": 1,
             "temporal_attn_levels": [1],
             "epochs": 12,
-            "vis_every": 6,
             "vis_steps": 3,
             "vis_guidance_scale": 1.0,
         },
@@ -125,11 +122,9 @@ def build_parser() -> Parser:
     add("--cache_dir", type=flags.nonempty_path, default="outputs/cache", help="index and frames")
 
     add = parser.add_argument_group("clip").add_argument
-    length = flags.one_or_two("T")
-    side = flags.one_or_two("PIXELS")
-    add("--T", dest="num_frames", **length, default=8, help="frames per clip; two = any between")
+    add("--T", dest="num_frames", **flags.one_or_two("T"), default=8, help="frames, or a range")
     add("--endpoint_context", type=positive_int, default=2, help="observed frames K at each end")
-    add("--size", **side, default=64, help="side of square frames, or height and width")
+    add("--size", **flags.one_or_two("PIXELS"), default=64, help="side, or height and width")
     add("--frame_stride", type=integer_up_to(65536), default=1, help="source frames per clip frame")
     add("--color_mode", choices=("rgb", "gray"), default="rgb", help="3 channels or 1")
 
@@ -171,25 +166,6 @@ def build_parser() -> Parser:
     add("--save_every", type=non_negative_int, default=0, help="steps per save; 0 = per epoch")
     add("--tensorboard", action=switch, default=False, help="log to TensorBoard, too")
     return parser
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Raises: ValueError: for the rules that join several flags."""
-    shortest, longest = as_pair(args.num_frames)
-    k = args.endpoint_context
-    if shortest > longest:
-        raise ValueError(f"--T must be one number or two rising ones (got {shortest} {longest})")
-    if shortest <= 2 * k:
-        rule = "--T must exceed 2 * --endpoint_context so that a middle exists"
-        raise ValueError(f"{rule} (got --T {shortest}, --endpoint_context {k})")
-    if args.train == "predictor" and args.predictor:
-        raise ValueError("--predictor is for --train diffusion")
-    if args.vis_every and args.vis_steps > args.timesteps:
-        rule = f"--vis_steps must be at most --timesteps {args.timesteps}"
-        raise ValueError(f"{rule} (got {args.vis_steps})")
-    if args.train == "diffusion":
-        check_size(args.size, 2 ** len(args.channel_mults))
-    check_tensorboard(args.tensorboard)
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -267,7 +243,6 @@ def train(start: Start) -> int:
         not finite or diverged.
     """
     args = start.args
-    check_args(args)
 
     # Settle device, precision and folder.
     device = distributed.init_distributed(resolve_device(args.device))
@@ -284,16 +259,19 @@ def train(start: Start) -> int:
         remove_stale_temporaries(Path(args.cache_dir), untouched=3600)
 
     # Find the clips.
-    names = ("frame_stride", "size", "color_mode", "seed", "cache_dir", "cache_videos")
     prepare = partial(
         open_clips,
-        args.data_root,
+        data_root=args.data_root,
         num_frames=as_pair(args.num_frames)[1],
+        frame_stride=args.frame_stride,
+        size=args.size,
+        color_mode=args.color_mode,
         val_ratio=args.val_ratio,
         max_videos=args.max_videos,
-        threads=os.cpu_count() or 1,
+        seed=args.seed,
+        cache_dir=args.cache_dir,
+        cache_videos=args.cache_videos,
         log=print0,
-        **{name: getattr(args, name) for name in names},
     )
     train_clips, val_clips = distributed.main_process_first(prepare)
     fingerprint = train_clips.fingerprint() + val_clips.fingerprint()
@@ -326,7 +304,6 @@ def train(start: Start) -> int:
         last_step=state.data_step + state.total_steps - state.step,
         part=(distributed.rank(), args.processes),
     )
-    cores = (os.cpu_count() or 1) // distributed.local_world_size()
     loader = ClipLoader(
         train_clips,
         val_clips,
@@ -334,14 +311,13 @@ def train(start: Start) -> int:
         held_out=distributed.rank_slice(len(val_clips)),
         device=device,
         batch_size=args.batch_size,
-        workers=min(args.num_workers, max(1, cores)),
+        workers=distributed.workers_per_process(args.num_workers),
         worker_init_fn=worker_init_fn,
         log=partial(tqdm.write, file=sys.stderr),
     )
     batches = loader.train()
-    shown = range(0, len(val_clips), math.ceil(len(val_clips) / PREVIEW_CLIPS))
-    place = distributed.rank_slice(len(shown))
-    preview_clips = loader.read_some(shown[place.start : place.stop]) if args.vis_every else None
+    shown = distributed.rank_slice(min(PREVIEW_CLIPS, len(val_clips)))
+    preview_clips = loader.read_evenly(shown, PREVIEW_CLIPS) if args.vis_every else None
 
     # Log and save on rank 0.
     logger = distributed.Silent()
@@ -354,7 +330,6 @@ def train(start: Start) -> int:
             last_is_whole=start.source is not None and start.source.name == "last.pt",
             contents=partial(to_checkpoint, state, configs, epoch_steps),
             probe_loss=partial(probe_loss, state, objective.loss, args.seed, amp_dtype),
-            every_steps=args.save_every,
         )
     logger.log_run(args)
 
@@ -379,13 +354,7 @@ def train(start: Start) -> int:
                 epoch = math.ceil(state.data_step / epoch_steps)
                 is_shown = args.vis_every and (epoch % args.vis_every == 0 or state.finished)
                 with autocast(device, amp_dtype):
-                    val_loss = validate(
-                        ema=state.ema,
-                        objective=objective,
-                        batches=loader.validation(),
-                        first=distributed.rank_slice(len(val_clips)).start,
-                        endpoint_context=args.endpoint_context,
-                    )
+                    val_loss = validate(objective, state.ema, loader)
                 entry = {
                     "step": state.step,
                     "epoch": epoch,
@@ -394,21 +363,22 @@ def train(start: Start) -> int:
                     **state.metrics.bad_steps(),
                 }
                 if is_shown:
-                    preview = make_preview(objective.pipe, preview_clips, place.start, args)
+                    preview = make_preview(objective.pipe, preview_clips, shown.start, args)
                     entry.update(logger.log_preview(epoch, state.step, preview) or {})
                 state.history["epochs"].append(entry)
                 logger.log_epoch(entry, state)
 
             # Save at the end of an epoch, when due, and before stopping.
-            if epoch_ends or stopped_by or checkpointer.due(state.step):
+            is_due = args.save_every > 0 and state.step % args.save_every == 0
+            if epoch_ends or stopped_by or is_due:
                 state.history["sums"] = state.metrics.read()
                 if epoch_ends:
                     checkpointer.save_best(state, val_loss)
                 checkpointer.save_last(state)
                 logger.restart_clock()
     except FloatingPointError as error:
-        kept = f"what was saved is in {out_dir}"
-        raise FloatingPointError(f"after step {state.step}: {error}; {kept}") from error
+        words = f"after step {state.step}: {error}; what was saved is in {out_dir}"
+        raise FloatingPointError(words) from error
     finally:
         logger.close()
         stop.restore()
@@ -417,11 +387,8 @@ def train(start: Start) -> int:
     if state.finished:
         print0(f"done: {state.step} steps, {out_dir / 'last.pt'}")
         return 0
-    folder = out_dir.parent if args.preset and args.train == "predictor" else out_dir
-    words = ("--out_dir", str(folder), "--resume")
-    command = distributed.launch_command("train_video_ddpm.py", *words)
     name = signal.Signals(stopped_by).name
-    print0(f"stopped by {name} after step {state.step}; go on with: {command}")
+    print0(f"stopped by {name} after step {state.step}; --resume with the same command goes on")
     return 128 + stopped_by
 
 
@@ -431,26 +398,18 @@ def main(argv: list[str] | None = None) -> int:
     0 = done, 1 = diverged or lost another process, 2 = wrong input, 128 + n = stopped by signal n.
     """
     parser = build_parser()
-    with parser.one_line_errors("stopped at once, without saving"):
-        try:
-            with distributed.watch_peers(), explain_oom(OOM_REMEDY):
-                default = parser.defaults()["out_dir"]
-                for stage in plan_stages(parser.parse_given(argv), PRESETS, default):
-                    status = train(resolve_stage(parser, stage))
-                    if status:
-                        break
-                distributed.cleanup()
-                return status
-        except FloatingPointError as error:
-            raise flags.RunError(str(error)) from error
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            reason = "too little memory for --num_workers, or a video that crashes its decoder"
-            remedy = "--resume goes on from the last save"
-            raise flags.RunError(f"a loading process was killed: {reason}; {remedy}") from error
-        finally:
-            kill_loading_processes()
+    with (
+        parser.one_line_errors("stopped at once, without saving"),
+        explain_oom(OOM_REMEDY),
+        distributed.watch_peers(),
+        end_loading_processes(),
+    ):
+        for stage in plan_stages(parser, argv, PRESETS):
+            status = train(resolve_stage(parser, stage))
+            if status:
+                break
+        distributed.cleanup()
+    return status
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Measurements behind every claim of speed: variants timed in turn inside one run, as ratios to a stated reference."""
+"""Measurements of speed: variants in turn, as ratios to a stated reference."""

@@ -1,51 +1,55 @@
-"""Clips of T frames cut from MP4 files, and the order in which training meets them; any folder of videos serves.
+"""Clips of T frames cut from videos, and the order in which training meets them.
 
-Everything random here is a function of (seed, epoch, clip number): the number of workers, the batch size, a resume or
-a crash change no clip.
+All that is random here is a function of (seed, epoch, clip number): the number
+of workers, the batch size, a resume or a crash change no clip.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.video_index import Video, clip_span, printable, reason_of, stable_hash
+from data.video_index import Video, central_start, clip_span, printable, reason_of, stable_hash
 from data.video_reader import DECODE_ERRORS, read_frames
 from utils.video_utils import FrameSize, resize_and_crop, to_float, to_gray
 
-MAX_ATTEMPTS = 8  # files tried for one clip before giving up
-
-
-class FrameSource(Protocol):
-    """Where a dataset's frames come from: the files themselves or a cache of them."""
-
-    def read(self, video: Video, wanted: Sequence[int]) -> Tensor:
-        """The frames numbered `wanted` as uint8 [C,T,H,W]; raises one of DECODE_ERRORS."""
+MAX_ATTEMPTS = 8  # files tried for one clip
+MAX_FAILED = 0.1  # share of all reads
 
 
 @dataclass
 class DecodedFrames:
-    """Frames decoded on demand, resized (if asked for, in linear light) and, for gray, reduced to luma."""
+    """A source of frames that are decoded on demand, resized and reduced to gray.
+
+    Another source is CachedFrames, which has the same `read`.
+    """
 
     size: FrameSize
-    color_mode: str
-    linear_light: bool = False
+    color_mode: str  # "rgb" or "gray"
 
     def read(self, video: Video, wanted: Sequence[int]) -> Tensor:
-        """See FrameSource."""
-        decoded = read_frames(video.path, wanted, video.info)
-        frames = (resize_and_crop(frame, self.size, self.linear_light) for frame in decoded)
-        return torch.stack([to_gray(f) if self.color_mode == "gray" else f for f in frames], dim=1)
+        """Frames by rising numbers, uint8 [C,T,H,W]; raises DECODE_ERRORS."""
+        frames = []
+        for decoded in read_frames(video.path, wanted, video.info):
+            frame = resize_and_crop(decoded, self.size)
+            frames.append(to_gray(frame) if self.color_mode == "gray" else frame)
+        return torch.stack(frames, dim=1)
+
+
+def read_clip(source: Any, video: Video, first: int, num_frames: int, frame_stride: int) -> Tensor:
+    """The window that begins at frame `first`, uint8 [C,T,H,W]; raises DECODE_ERRORS."""
+    end = first + num_frames * frame_stride
+    return source.read(video, range(first, end, frame_stride))
 
 
 class ClipRead(NamedTuple):
-    """One clip, uint8 [C,T,H,W], and what failed before it was found; no clip if every attempt failed."""
+    """A clip, uint8 [C,T,H,W] or None, and the failures before it was found."""
 
     clip: Tensor | None
     failures: list[str]
@@ -53,26 +57,24 @@ class ClipRead(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class VideoClipDataset(Dataset):
-    """Clips of T frames from a list of usable videos, one per video and epoch.
+    """One clip per video and epoch, by keys (epoch, clip number).
 
-    Items are asked for as (epoch, i). A file that fails is replaced by another, chosen by (seed, epoch, i, attempt).
+    A file that cannot be read is replaced by another one of the list.
     """
 
     videos: Sequence[Video]
-    source: FrameSource
+    source: Any  # of frames: DecodedFrames or CachedFrames
     _: KW_ONLY
     num_frames: int
     frame_stride: int
-    seed: int  # of windows, flips and replacements
-    random_window: bool  # a new window every epoch (training) or always the central one (validation)
-    hflip: bool = False  # mirror half of the clips left to right
-    time_reverse: bool = False  # play half of the clips backwards, which also swaps their contexts
+    seed: int  # of windows and replacements
+    random_window: bool  # False = always the central window
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def fingerprint(self) -> str:
-        """A short hash of the files' names and lengths."""
+        """A short hash of the names and lengths of the files."""
         named = [(video.name, video.info.frames) for video in self.videos]
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
@@ -80,32 +82,36 @@ class VideoClipDataset(Dataset):
         epoch, i = key
         failures = []
         for attempt in range(MAX_ATTEMPTS):
-            # a hash: to make a generator would take longer than to read a cached clip
+            # To seed a generator takes longer than to read a cached clip.
             number = stable_hash(f"{self.seed},{epoch},{i},{attempt}".encode())
-            video = self.videos[i if attempt == 0 else stable_hash(f"file {number}".encode()) % len(self.videos)]
+            video = self.videos[i]
+            if attempt > 0:
+                other = stable_hash(f"file {number}".encode())
+                video = self.videos[other % len(self.videos)]
+            first = self._window_start(video, number)
             try:
-                return ClipRead(self._cut(video, number), failures)
+                clip = read_clip(self.source, video, first, self.num_frames, self.frame_stride)
+                return ClipRead(clip, failures)
             except DECODE_ERRORS as error:
                 failures.append(f"{printable(video.name)} ({reason_of(error)})")
         return ClipRead(None, failures)
 
-    def _cut(self, video: Video, number: int) -> Tensor:
-        slack = video.info.frames - clip_span(self.num_frames, self.frame_stride)
-        first = (number >> 2) % (slack + 1) if self.random_window else slack // 2
-        clip = self.source.read(video, range(first, first + self.num_frames * self.frame_stride, self.frame_stride))
-        if self.hflip and number & 1:
-            clip = clip.flip(3)
-        if self.time_reverse and number & 2:
-            clip = clip.flip(1)
-        return clip
+    def _window_start(self, video: Video, number: int) -> int:
+        span = clip_span(self.num_frames, self.frame_stride)
+        if not self.random_window:
+            return central_start(video, span)
+        slack = video.info.frames - span
+        # To skip two bits keeps the windows of the shipped checkpoints.
+        return (number >> 2) % (slack + 1)
 
 
 @dataclass
 class ResumableBatchSampler:
-    """Batches of (epoch, i) keys over many epochs, from any optimiser step to any other.
+    """Batches of (epoch, clip number) keys, from any optimiser step on.
 
-    Each epoch is a fresh permutation by (seed, epoch), cut into whole optimiser steps; what is left over waits for
-    another epoch's order. With fewer clips than a step needs, clips repeat within it.
+    Each epoch is a fresh permutation by (seed, epoch), cut into whole steps;
+    the remainder waits for another epoch. With fewer clips than a step needs,
+    clips repeat within it.
     """
 
     clips: int
@@ -113,24 +119,29 @@ class ResumableBatchSampler:
     batches_per_step: int
     seed: int
     first_step: int  # counted from the start of training
-    last_step: int  # the one after the last
-    part: tuple[int, int] = (0, 1)  # which of how many processes asks; their batches together are one large batch
+    last_step: int  # exclusive
+    part: tuple[int, int] = (0, 1)  # rank and world size, which share a large batch
 
     def __len__(self) -> int:
         return max(0, self.last_step - self.first_step) * self.batches_per_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        process, processes = self.part
-        large_batch = self.batch_size * processes
-        batches_per_epoch = steps_per_epoch(self.clips, large_batch * self.batches_per_step) * self.batches_per_step
-        order, ordered_epoch = None, None
-        for batch in range(self.first_step * self.batches_per_step, self.last_step * self.batches_per_step):
+        rank, world_size = self.part
+        large_batch = self.batch_size * world_size
+        steps = steps_per_epoch(self.clips, large_batch * self.batches_per_step)
+        batches_per_epoch = steps * self.batches_per_step
+        first = self.first_step * self.batches_per_step
+        ordered_epoch = None
+        for batch in range(first, first + len(self)):
             epoch, place = divmod(batch, batches_per_epoch)
             if epoch != ordered_epoch:
-                permutation = np.random.default_rng([self.seed, epoch]).permutation(self.clips)
-                order, ordered_epoch = np.resize(permutation, batches_per_epoch * large_batch), epoch
-            start = place * large_batch + process * self.batch_size
-            yield [(epoch, int(i)) for i in order[start : start + self.batch_size]]
+                rng = np.random.default_rng([self.seed, epoch])
+                permutation = rng.permutation(self.clips)
+                order = np.resize(permutation, batches_per_epoch * large_batch)
+                ordered_epoch = epoch
+            start = place * large_batch + rank * self.batch_size
+            chosen = order[start : start + self.batch_size]
+            yield [(epoch, i) for i in chosen.tolist()]
 
 
 def steps_per_epoch(clips: int, clips_per_step: int) -> int:
@@ -139,37 +150,42 @@ def steps_per_epoch(clips: int, clips_per_step: int) -> int:
 
 
 def collate(reads: Sequence[ClipRead]) -> tuple[Tensor | None, list[str], int]:
-    """A batch: clips uint8 [B,C,T,H,W] (None if one could not be had), all failures, and how many reads were tried."""
+    """Batch the reads of clips.
+
+    Returns: clips uint8 [B,C,T,H,W], or None if one was not found; all
+        failures; the number of attempts.
+    """
     clips = [read.clip for read in reads if read.clip is not None]
     failures = [failure for read in reads for failure in read.failures]
-    return torch.stack(clips) if len(clips) == len(reads) else None, failures, len(failures) + len(clips)
+    batch = torch.stack(clips) if len(clips) == len(reads) else None
+    return batch, failures, len(failures) + len(clips)
 
 
 @dataclass
-class ReadFailures:
-    """Counts failed reads over a run, names each bad file once, and stops the run when they are too many."""
+class ReadErrors:
+    """Failed reads of a run: each bad file is named once, too many stop the run."""
 
-    limit: float = 0.1  # share of reads that may fail
-    patience: int = 100  # reads before the share is judged, so that one bad file at the start does not stop a run
     log: Callable[[str], None] = print
-    tried: int = 0
+    attempts: int = 0
     failed: int = 0
     named: set[str] = field(default_factory=set)
 
-    def clips(self, batches: Iterable, device: torch.device) -> Iterator[Tensor]:
-        """Collated batches as float clips [B,C,T,H,W] in [-1, 1] on the device; raises as `check`."""
-        for clips, failed, tried in batches:
-            yield to_float(self.check(clips, failed, tried).to(device, non_blocking=True))
+    def load(self, batches: Iterable, device: torch.device) -> Iterator[Tensor]:
+        """Collated batches as float clips [B,C,T,H,W] in [-1, 1].
 
-    def check(self, clips: Tensor | None, failures: Sequence[str], tried: int) -> Tensor:
-        """A collated batch's clips; a ValueError if too many of all reads have failed, or a clip was not replaced."""
-        self.tried += tried
-        self.failed += len(failures)
-        for failure in failures:
-            if failure not in self.named:
-                self.named.add(failure)
-                self.log(f"could not read {failure}; another file takes its place ({self.failed} failed reads so far)")
-        if clips is None or self.failed > self.limit * max(self.tried, self.patience):
-            got = f"{self.failed} of {self.tried}; last: {failures[-1]}"
-            raise ValueError(f"at most {self.limit:.0%} of reads may fail (got {got})")
-        return clips
+        Raises: ValueError: if too many reads have failed, or if a clip could
+            not be replaced.
+        """
+        for clips, failures, attempts in batches:
+            self.attempts += attempts
+            self.failed += len(failures)
+            for failure in failures:
+                if failure not in self.named:
+                    self.named.add(failure)
+                    self.log(f"could not read {failure}; another file takes its place")
+            # One bad file at the start must not stop a run.
+            allowed = MAX_FAILED * max(self.attempts, 100)
+            if clips is None or self.failed > allowed:
+                got = f"{self.failed} of {self.attempts}; last: {failures[-1]}"
+                raise ValueError(f"at most {MAX_FAILED:.0%} of reads may fail (got {got})")
+            yield to_float(clips.to(device, non_blocking=True))

@@ -1,13 +1,12 @@
-"""The built-in dataset: a gripper that pushes coloured blocks over a table, rendered once as real MP4 files.
+"""The built-in dataset: a gripper pushes coloured blocks over a table, as MP4 files.
 
-The blocks move only by contact, so what happened between two observations follows from both of them, while a
-cross-fade shows every moving thing twice, half transparent.
+Blocks move only by contact, so what happened between two observations follows
+from both of them; a cross-fade shows every moving thing twice, half transparent.
 """
 
 import math
-import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,69 +16,66 @@ from numpy.random import Generator
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.io import save_mp4
+from utils.io import save_mp4, temporary_path
 
-SIZE, FRAMES, FPS = 64, 30, 10
-TRAIN_CLIPS, VAL_CLIPS = 240, 24
-RENDER_VERSION = 2  # part of the folder's name: change it whenever the pictures change
-GRIPPER_RADIUS = 0.13  # in units of the picture's width, as are all lengths here
+SIZE = 64
+FRAMES = 30
+FPS = 10
+TRAIN_CLIPS = 240
+VAL_CLIPS = 24
+RENDER_VERSION = 2  # part of the folder's name: change it whenever pictures change
+GRIPPER_RADIUS = 0.13  # all lengths are in units of the picture's width
 SUBSTEPS = 4
-PALETTE = np.array(
-    [[214, 40, 40], [36, 100, 210], [40, 160, 70], [240, 190, 30], [150, 60, 180], [20, 170, 180], [235, 120, 30]]
-)
+COLOURS = ("d62828", "2464d2", "28a046", "f0be1e", "963cb4", "14aab4", "eb781e")
 
 
 def make_synthetic_videos(root: str | Path, workers: int = 1) -> Path:
-    """Render the dataset below `root` unless it is there; returns its folder, which holds train/ and val/.
-
-    Raises: ValueError: if it cannot be written.
-    """
+    """Render train/ and val/ below `root` unless they are there; returns their folder."""
     folder = Path(root) / f"synthetic_push_v{RENDER_VERSION}"
     if folder.is_dir():
         return folder
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     seeds = {f"train/{i:05d}.mp4": i for i in range(TRAIN_CLIPS)}
-    seeds |= {f"val/{i:05d}.mp4": 1_000_000 + i for i in range(VAL_CLIPS)}
-
-    def make(name: str) -> None:
-        save_mp4(temporary / name, render_clip(seeds[name]), FPS)
-
+    seeds.update({f"val/{i:05d}.mp4": 1_000_000 + i for i in range(VAL_CLIPS)})
     try:
-        for side in ("train", "val"):
-            (temporary / side).mkdir(parents=True)
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            list(tqdm(pool.map(make, seeds), "rendering the built-in clips", len(seeds), disable=None))
-        temporary.replace(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another run was faster
-            raise ValueError(f"--cache_dir {root}: the built-in clips cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with temporary_path(folder) as temporary:
+            (temporary / "train").mkdir(parents=True)
+            (temporary / "val").mkdir()
+
+            def render(name: str) -> None:
+                save_mp4(temporary / name, render_clip(seeds[name]), FPS)
+
+            with ThreadPoolExecutor(max(1, workers)) as pool:
+                rendered = pool.map(render, seeds)
+                list(tqdm(rendered, "rendering the built-in clips", len(seeds), disable=None))
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was faster
+            raise
     return folder
 
 
 def render_clip(seed: int) -> Tensor:
-    """One clip, uint8 [3,FRAMES,SIZE,SIZE], a function of the seed alone; edges are antialiased by signed distance."""
+    """One clip, uint8 [3,FRAMES,SIZE,SIZE], as a function of its seed."""
     rng = np.random.default_rng([2026, seed])
     blocks = int(rng.integers(2, 5))
     radius = rng.uniform(0.09, 0.14, blocks).astype(np.float32)  # of the contact circle
-    colours = PALETTE[rng.permutation(len(PALETTE))[:blocks]] * rng.uniform(0.85, 1.0, (blocks, 1))
+    palette = np.array([list(bytes.fromhex(colour)) for colour in COLOURS])
+    colours = palette[rng.permutation(len(palette))[:blocks]]
+    colours = colours * rng.uniform(0.85, 1.0, (blocks, 1))
     gripper, centres, angles = simulate(rng, radius)
 
     # The table.
     y, x = (np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5) / SIZE
-    picture = np.broadcast_to(draw_table(rng, x, y), (FRAMES, SIZE, SIZE, 3)).copy()
-
-    def paint(distance: ndarray, colour: ndarray, opacity: float = 1.0) -> None:
-        touched = distance < 0.5 / SIZE  # [T,H,W]: few pixels, so the blending is confined to them
-        cover = np.clip(0.5 - distance[touched] * SIZE, 0, 1)[:, None] * np.float32(opacity)
-        picture[touched] += cover * (np.asarray(colour, np.float32) - picture[touched])
+    table = draw_table(rng, x, y)
+    picture = np.broadcast_to(table, (FRAMES, SIZE, SIZE, 3)).copy()
+    paint = partial(paint_shape, picture)
 
     # Blocks, each with its shadow and a lighter top.
     for n, (r, colour) in enumerate(zip(radius, colours, strict=True)):
-        dx, dy = (axis - centres[:, n, i, None, None] for i, axis in enumerate((x, y)))  # [T,H,W] each
+        dx = x - centres[:, n, 0, None, None]  # [T,H,W]
+        dy = y - centres[:, n, 1, None, None]
         paint(length(dx - 0.015, dy - 0.02) - r, (0, 0, 0), 0.25)
-        cos, sin = np.cos(angles[:, n, None, None]), np.sin(angles[:, n, None, None])
+        cos = np.cos(angles[:, n, None, None])
+        sin = np.sin(angles[:, n, None, None])
         from_centre = np.maximum(np.abs(cos * dx + sin * dy), np.abs(cos * dy - sin * dx))
         paint(from_centre - 0.8 * r, colour)
         paint(from_centre - 0.45 * r, np.minimum(colour * 1.25, 255))
@@ -93,11 +89,20 @@ def render_clip(seed: int) -> Tensor:
     from_tip = length(x - tip[..., 0], y - tip[..., 1])
     paint(from_tip - GRIPPER_RADIUS, arm * 0.6)
     paint(from_tip - 0.45 * GRIPPER_RADIUS, (225, 225, 230))
-    return torch.from_numpy(np.rint(picture).clip(0, 255).astype(np.uint8)).permute(3, 0, 1, 2)
+    picture = np.rint(picture).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(picture).permute(3, 0, 1, 2)
+
+
+def paint_shape(picture: ndarray, distance: ndarray, colour: ndarray, opacity: float = 1) -> None:
+    """Blend a colour into a shape given by signed distances [T,H,W], which antialias it."""
+    # Few pixels are touched, so the blending is confined to them.
+    touched = distance < 0.5 / SIZE
+    cover = np.clip(0.5 - distance[touched] * SIZE, 0, 1)[:, None] * np.float32(opacity)
+    picture[touched] += cover * (np.asarray(colour, np.float32) - picture[touched])
 
 
 def simulate(rng: Generator, radius: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-    """Quasi-static pushing: a block moves only when touched. Gripper [T,2], block centres [T,N,2], angles [T,N]."""
+    """Move blocks only by contact: gripper [T,2], block centres [T,N,2], angles [T,N]."""
     centres = scatter(rng, radius)
     angles = rng.uniform(-math.pi, math.pi, len(radius))
     position = rng.uniform(0.15, 0.85, 2)
@@ -125,27 +130,32 @@ def scatter(rng: Generator, radius: ndarray) -> ndarray:
     for r in radius:
         for _ in range(100):
             centre = rng.uniform(0.15, 0.85, 2)
-            if all(np.hypot(*(centre - c)) > r + q + 0.02 for c, q in zip(centres, radius, strict=False)):
+            placed = zip(centres, radius, strict=False)
+            if all(np.hypot(*(centre - c)) > r + q + 0.02 for c, q in placed):
                 break
         centres.append(centre)
     return np.array(centres)
 
 
-def plan_push(rng: Generator, position: ndarray, centres: ndarray, radius: ndarray) -> list[ndarray]:
+def plan_push(
+    rng: Generator, position: ndarray, centres: ndarray, radius: ndarray
+) -> list[ndarray]:
     """Waypoints: the near side of a random block, then through it."""
     target = int(rng.integers(len(radius)))
     heading = centres[target] - position + rng.normal(0, 0.1, 2)
     heading /= max(float(np.hypot(*heading)), 1e-6)
     touch = centres[target] - heading * (radius[target] + GRIPPER_RADIUS)
-    return [np.clip(p, 0.08, 0.92) for p in (touch, centres[target] + heading * rng.uniform(0.15, 0.35))]
+    through = centres[target] + heading * rng.uniform(0.15, 0.35)
+    return [np.clip(touch, 0.08, 0.92), np.clip(through, 0.08, 0.92)]
 
 
 def resolve_contacts(position: ndarray, centres: ndarray, angles: ndarray, radius: ndarray) -> None:
-    """Push overlapping circles apart, in place: blocks off the gripper, off each other, and off the table's edge."""
+    """Push blocks off the gripper, each other and the table's edge, in place."""
     for i, r in enumerate(radius):
         overlap, normal = contact(centres[i], position, r + GRIPPER_RADIUS)
         centres[i] += normal * overlap
-        angles[i] += 3 * overlap * math.copysign(1, normal[0] * normal[1])  # friction turns it a little
+        # Friction turns the block a little.
+        angles[i] += 3 * overlap * math.copysign(1, normal[0] * normal[1])
     for i in range(len(radius)):
         for j in range(i):
             overlap, normal = contact(centres[i], centres[j], radius[i] + radius[j])
@@ -155,7 +165,7 @@ def resolve_contacts(position: ndarray, centres: ndarray, angles: ndarray, radiu
 
 
 def contact(centre: ndarray, other: ndarray, reach: float) -> tuple[float, ndarray]:
-    """The overlap of two circles whose radii sum to `reach`, or 0, and the unit vector from the other to the first."""
+    """Overlap of two circles of radii that sum to `reach`, and the direction away."""
     away = centre - other
     distance = float(np.hypot(*away))
     return max(reach - distance, 0), away / max(distance, 1e-6)
@@ -163,21 +173,24 @@ def contact(centre: ndarray, other: ndarray, reach: float) -> tuple[float, ndarr
 
 def draw_table(rng: Generator, x: ndarray, y: ndarray) -> ndarray:
     """A lit table top with a faint grain, [H,W,3] float32."""
-    tint = np.array([178, 160, 140], np.float32) * rng.uniform(0.85, 1.15) + rng.uniform(-15, 15, 3).astype(np.float32)
+    tint = np.array([178, 160, 140], np.float32) * rng.uniform(0.85, 1.15)
+    tint = tint + rng.uniform(-15, 15, 3).astype(np.float32)
     slope = rng.uniform(-0.2, 0.2, 2)
     light = 1 + slope[0] * (x - 0.5) + slope[1] * (y - 0.5)
-    grain = 5 * np.sin(2 * math.pi * (rng.uniform(3, 8) * y + rng.uniform(0.5, 2) * x + rng.uniform()))
+    waves = rng.uniform(3, 8) * y + rng.uniform(0.5, 2) * x + rng.uniform()
+    grain = 5 * np.sin(2 * math.pi * waves)
     return (light[..., None] * tint + grain[..., None]).astype(np.float32)
 
 
 def segment_distance(x: ndarray, y: ndarray, start: ndarray, end: ndarray) -> ndarray:
-    """Distance of each pixel [H,W] to the segments from `start` [2] to `end` [T,1,1,2]: [T,H,W]."""
+    """Distances [T,H,W] of pixels [H,W] to segments from [2] to [T,1,1,2]."""
     along = end - start
-    px, py = x - start[0], y - start[1]
+    px = x - start[0]
+    py = y - start[1]
     share = np.clip((px * along[..., 0] + py * along[..., 1]) / (along**2).sum(-1), 0, 1)
     return length(px - share * along[..., 0], py - share * along[..., 1])
 
 
 def length(x: ndarray, y: ndarray) -> ndarray:
-    """Euclidean length; several times faster than np.hypot, whose care for overflow is not needed here."""
+    """Euclidean length; np.hypot guards against overflow and is much slower."""
     return np.sqrt(x * x + y * y)

@@ -1,5 +1,6 @@
 """The clips of a training run: both splits of a folder, loaded in batches, cut to any length."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,8 @@ from utils.video_utils import FrameSize
 
 
 def open_clips(
-    data_root: str | Path | None,
     *,
+    data_root: str | Path | None,
     num_frames: int,
     frame_stride: int,
     size: FrameSize,
@@ -32,7 +33,6 @@ def open_clips(
     seed: int,
     cache_dir: str | Path,
     cache_videos: bool,
-    threads: int,
     **split: Any,
 ) -> tuple[VideoClipDataset, VideoClipDataset]:
     """The training clips, at random windows, and the held-out clips, at their central ones.
@@ -40,11 +40,11 @@ def open_clips(
     Args:
         data_root: folder of MP4 files; None = the built-in clips, which are rendered once.
         cache_videos: decode every video once, to disk.
-        threads: for rendering, indexing and decoding.
         split: val_ratio, max_videos and log of `prepare_videos`.
 
     Raises: ValueError: if there are none, or no room for the cache.
     """
+    threads = os.cpu_count() or 1  # for rendering, indexing and caching
     train_videos, val_videos = prepare_videos(
         data_root or make_synthetic_videos(cache_dir, threads),
         span=clip_span(num_frames, frame_stride),
@@ -94,6 +94,7 @@ class ClipLoader:
         log: Callable[[str], None],
     ):
         self.val_clips = val_clips
+        self.held_out = held_out
         self.device = device
         self.errors = ReadErrors(log=log)
         load = partial(
@@ -117,12 +118,12 @@ class ClipLoader:
         """The held-out clips of this process, in order."""
         return self.errors.load(self.val_loader, self.device)
 
-    def read_some(self, numbers: list[int]) -> Tensor | None:
-        """The held-out clips of these numbers in one batch; None of no number."""
-        if not numbers:
-            return None
-        reads = [self.val_clips[0, number] for number in numbers]
-        return next(self.errors.load([collate(reads)], self.device))
+    def read_evenly(self, shown: range, count: int) -> Tensor | None:
+        """Held-out clips in one batch, out of `count` that are evenly spread; None of none."""
+        total = len(self.val_clips)
+        count = min(count, total)
+        reads = [self.val_clips[0, number * total // count] for number in shown]
+        return next(self.errors.load([collate(reads)], self.device)) if reads else None
 
 
 def crop_to_length(clips: Tensor, lengths: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -13,125 +13,155 @@ from tqdm import tqdm
 
 from data.synthetic_videos import make_synthetic_videos
 from data.video_reader import DECODE_ERRORS, VideoInfo, probe_video
-from utils.distributed import print0
 from utils.io import atomic_write
 
+DEFAULT_CACHE_DIR = "outputs/cache"
 SPLIT_FOLDERS = (("videos_train", "videos_val"), ("train", "val"), ("train", "test"))
-INDEX_VERSION = 2
-NAMED_IN_SUMMARY = 20  # how many bad files of a kind a summary names
+INDEX_VERSION = 2  # change it whenever VideoInfo or its meaning changes
+MAX_NAMED = 20  # bad files that a report names
+
+Log = Callable[[str], None]
 
 
 class Video(NamedTuple):
-    """One file of the index: `info` is None where it cannot be read, and `reason` says why."""
+    """A file of the index."""
 
     path: str
-    name: str
+    name: str  # its path below the root
     info: VideoInfo | None
-    reason: str
-
-
-# --- find -------------------------------------------------------------------------------------------------------------
+    reason: str  # why there is no info, or what is damaged, or ""
 
 
 def find_videos(root: str | Path) -> list[Path]:
-    """Every .mp4 (any case) below the folder `root`, through symlinked folders, each real file once, sorted by path."""
-    root = Path(root)
-    if not root.is_dir():
+    """Every .mp4 (any case) below a folder and its links: each file once, sorted."""
+    if not Path(root).is_dir():
         raise ValueError(f"--data_root must be a folder (got {root})")
-    found, visited = [], set()
-
-    def tell(error: OSError) -> None:
-        print(f"could not look into {error.filename} ({error.strerror})", file=sys.stderr)
-
-    for folder, subfolders, names in os.walk(root, onerror=tell, followlinks=True):
+    found = []
+    visited = set()
+    for folder, subfolders, names in os.walk(root, onerror=_warn, followlinks=True):
         real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder above or beside: do not loop
+        if real in visited:  # a link led back here
             subfolders.clear()
             continue
         visited.add(real)
         subfolders.sort()
         found += [Path(folder, name) for name in names if name.lower().endswith(".mp4")]
-    # of several names of one file a plain one wins over links, then the first: adding a link renames nothing
-    by_preference = sorted(found, key=lambda path: (path.is_symlink(), path), reverse=True)
-    return sorted({os.path.realpath(path): path for path in by_preference}.values())
+    # Of several names of one file, the last in this order stays. Plain names
+    # come after links, so that a new link renames nothing.
+    found.sort(key=lambda path: (path.is_symlink(), path), reverse=True)
+    return sorted({os.path.realpath(path): path for path in found}.values())
 
 
-# --- index ------------------------------------------------------------------------------------------------------------
+def _warn(error: OSError) -> None:
+    print(f"could not look into {error.filename} ({error.strerror})", file=sys.stderr)
 
 
 class VideoIndex:
-    """What is in each file below `root`, found by one full decode and kept on disk, in `cache_dir`.
+    """What a full decode found in each file below `root`, kept in `cache_dir`.
 
-    An entry is reused while the file's size and modification time stay the same. The index also remembers which files
-    were put on a side only because that side would have been empty (for a seed and a span), so that adding files later
-    moves none across.
+    An entry stays valid while the size and modification time of its file do.
     """
 
-    def __init__(self, root: str | Path, cache_dir: str | Path):
+    def __init__(self, root: str | Path, cache_dir: str | Path | None, workers: int = 1):
         self.root = Path(root)
-        self.path = Path(cache_dir) / f"index_{stable_hash(os.path.realpath(root).encode()):016x}.json"
+        self.workers = workers
+        self.seen: list[Video] = []  # all that `take` looked at
         self.entries: dict[str, list] = {}
+        # Files moved into a split that the hash left empty, by seed and span.
         self.assigned: dict[str, dict[str, str]] = {}
-        self.stored = ""  # the file's text
+        key = stable_hash(os.path.realpath(root).encode())
+        self.path = Path(cache_dir or DEFAULT_CACHE_DIR) / f"index_{key:016x}.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = self.path.read_text()
-            stored = json.loads(text)
-            if stored["version"] == INDEX_VERSION:
-                self.entries, self.assigned, self.stored = stored["entries"], stored["assigned"], text
+            content = json.loads(self.path.read_text())
+            if content["version"] == INDEX_VERSION:
+                self.entries, self.assigned = content["entries"], content["assigned"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            pass  # no index yet, or a damaged one: it is made anew
-        except OSError as error:
-            raise ValueError(f"--cache_dir {cache_dir}: cannot be used ({error.strerror})") from error
+            pass  # there is no index yet, or a damaged one
 
     def save(self) -> None:
-        """Write the index, atomically, if it has changed."""
-        content = {"version": INDEX_VERSION, "root": str(self.root), "assigned": self.assigned, "entries": self.entries}
-        text = json.dumps(content)
-        if text == self.stored:
-            return
-        try:
-            with atomic_write(self.path) as file:
-                file.write(text.encode())
-            self.stored = text
-        except OSError as error:
-            raise ValueError(f"--cache_dir {self.path.parent}: cannot be written ({error.strerror})") from error
+        """Write the index."""
+        content = {
+            "version": INDEX_VERSION,
+            "entries": self.entries,
+            "assigned": self.assigned,
+        }
+        with atomic_write(self.path) as file:
+            file.write(json.dumps(content).encode())
 
-    def lookup(self, paths: Sequence[Path], workers: int) -> list[Video]:
-        """The index's word on each file; those not known yet, or changed, are decoded first, `workers` at a time."""
+    def name(self, path: Path) -> str:
+        """A file's path below the root."""
+        return path.relative_to(self.root).as_posix()
+
+    def lookup(self, paths: Sequence[Path]) -> list[Video]:
+        """The entries of these files; new and changed ones are decoded first."""
         stamps = {path: stamp(path) for path in paths}
         unknown = [p for p in paths if self.entries.get(self.name(p), [None])[0] != stamps[p]]
         if unknown:
-            probes = map_in_threads(probe_or_reason, unknown, workers=workers, title="indexing")
-            for path, probe in zip(unknown, probes, strict=True):
-                self.entries[self.name(path)] = [stamps[path], *probe]
+            probes = map_in_threads(_probe, unknown, workers=self.workers, title="indexing")
+            for path, (info, reason) in zip(unknown, probes, strict=True):
+                self.entries[self.name(path)] = [stamps[path], info, reason]
             self.save()
-        videos, shared = [], {}
+
+        videos = []
+        shared = {}
         for path in paths:
             _, info, reason = self.entries[self.name(path)]
             if info is not None:
                 info = VideoInfo(*info)
-                times = tuple(info.timestamps)  # one for all files that have the same: every worker holds them
+                # Every worker holds all timestamps, so equal ones are shared.
+                times = tuple(info.timestamps)
                 info = info._replace(timestamps=shared.setdefault(times, times))
+                reason = info.damage
             videos.append(Video(str(path), self.name(path), info, reason))
         return videos
 
-    def name(self, path: Path) -> str:
-        """A file's path relative to the root, with forward slashes."""
-        return path.relative_to(self.root).as_posix()
+    def take(self, paths: Sequence[Path], limit: int, span: int) -> list[Video]:
+        """The first `limit` files of `span` frames or more; others are not looked at."""
+        waiting = list(paths)
+        usable = []
+        while waiting and len(usable) < limit:
+            count = limit - len(usable)
+            videos = self.lookup(waiting[:count])
+            waiting = waiting[count:]
+            self.seen += videos
+            usable += [video for video in videos if video.info and video.info.frames >= span]
+        return usable
+
+    def report(self, span: int, log: Log, broken_rule: str | None = None) -> None:
+        """Log how many files are usable and name bad ones, or raise that as a ValueError."""
+        counts = {"usable": 0, "too short": 0, "unreadable": 0}
+        bad = []
+        for video in self.seen:
+            kind, reason = "usable", video.reason
+            if video.info is None:
+                kind = "unreadable"
+            elif video.info.frames < span:
+                kind, reason = "too short", f"{video.info.frames} of {span} frames"
+            counts[kind] += 1
+            if reason:
+                bad.append(f"{printable(video.name)} ({reason})")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        text = f"{len(self.seen)} MP4 files: {kinds}"
+        if bad:
+            more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+            text += f"; short, unreadable or damaged: {', '.join(bad[:MAX_NAMED])}{more}"
+        if broken_rule:
+            raise ValueError(f"--data_root {self.root}: {broken_rule} (got {text})")
+        log(text)
 
 
 def map_in_threads(function: Callable, *items: Sequence, workers: int, title: str) -> list:
-    """list(map(function, *items)), `workers` calls at once (decoding releases the GIL), with a progress bar."""
+    """list(map(function, *items)) in threads, since decoding releases the GIL."""
     pool = ThreadPoolExecutor(max(1, workers))
     try:
         return list(tqdm(pool.map(function, *items), title, len(items[0]), disable=None))
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the files in hand, not for all
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the files in hand only
 
 
 def stamp(path: Path) -> list[int]:
-    """What tells that a file changed: its size in bytes and its modification time in nanoseconds; [] if unreadable."""
+    """A file's size and modification time; [] if it cannot be told."""
     try:
         status = path.stat()
     except OSError:
@@ -139,8 +169,7 @@ def stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def probe_or_reason(path: Path) -> tuple[VideoInfo | None, str]:
-    """A file's VideoInfo and "", or None and the reason why it cannot be used."""
+def _probe(path: Path) -> tuple[VideoInfo | None, str]:
     try:
         return probe_video(path), ""
     except DECODE_ERRORS as error:
@@ -148,27 +177,35 @@ def probe_or_reason(path: Path) -> tuple[VideoInfo | None, str]:
 
 
 def reason_of(error: Exception) -> str:
-    """An exception as half a line: its kind, and its words without the path."""
+    """An exception as half a line, without the path."""
     words = getattr(error, "strerror", None) or str(error)
     return words if type(error) is ValueError else f"{type(error).__name__}: {words}"
 
 
-# --- split ------------------------------------------------------------------------------------------------------------
+def printable(name: str) -> str:
+    """A file's name on one line of a terminal, whatever bytes it has."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def stable_hash(key: bytes) -> int:
-    """An integer in [0, 2^64) that looks random and is a function of `key` alone."""
+    """An integer in [0, 2^64) that is a function of `key` only."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
 
 
 def split_key(seed: int, name: str) -> float:
-    """A file's fixed place in [0, 1), by hash: below --val_ratio it belongs to the validation split."""
+    """A file's fixed place in [0, 1); below --val_ratio it is held out."""
     return stable_hash(f"{seed}/".encode() + os.fsencode(name)) / 2**64
 
 
 def clip_span(num_frames: int, frame_stride: int) -> int:
     """Source frames that a clip spans."""
     return (num_frames - 1) * frame_stride + 1
+
+
+def central_start(video: Video, span: int) -> int:
+    """First frame of the central window of `span` frames."""
+    return (video.info.frames - span) // 2
 
 
 def prepare_videos(
@@ -180,127 +217,100 @@ def prepare_videos(
     cache_dir: str | Path,
     max_videos: int | None = None,
     workers: int = 1,
-    log: Callable[[str], None] = print0,
+    log: Log = print,
 ) -> tuple[list[Video], list[Video]]:
-    """The files of the training and the validation split with at least `span` frames, `max_videos` in all at most.
+    """Training and validation files of `span` frames or more, sorted by name.
 
-    Folders videos_train/ and videos_val/ (or train/ and val/, or train/ and test/) under the root are the splits;
-    otherwise each file goes by the hash of (seed, relative path), about `val_ratio` of them to validation, so that
-    adding files moves none across. If a split would be empty, a ValueError counts the files and names bad ones.
+    Folders named as in SPLIT_FOLDERS are the splits. Otherwise the hash of
+    (seed, name) holds out about `val_ratio` of the files, so that files added
+    later move none across.
+
+    Args:
+        max_videos: bound on the files of both splits; None = all.
+
+    Raises: ValueError: if a split is empty; it names bad files.
     """
     root = Path(data_root)
-    index = VideoIndex(root, cache_dir)
-    designated = next((pair for pair in SPLIT_FOLDERS if all((root / side).is_dir() for side in pair)), None)
-    assigned: dict[str, str] = {}
-    if designated:
-        train, val = (find_videos(root / side) for side in designated)
-        held_out = set(map(os.path.realpath, val))
+    index = VideoIndex(root, cache_dir, workers)
+    folders = [pair for pair in SPLIT_FOLDERS if all((root / side).is_dir() for side in pair)]
+    assigned = index.assigned.setdefault(f"seed {seed}, span {span}", {})
+    if folders:
+        train, val = (find_videos(root / side) for side in folders[0])
+        held_out = {os.path.realpath(path) for path in val}
         train = [path for path in train if os.path.realpath(path) not in held_out]
+        rule = f"{' and '.join(folders[0])} must each hold a usable MP4 file"
     else:
-        assigned = index.assigned.setdefault(f"seed {seed}, span {span}", {})
         train, val = [], []
         for path in find_videos(root):
-            natural = "val" if split_key(seed, index.name(path)) < val_ratio else "train"
-            (val if assigned.get(index.name(path), natural) == "val" else train).append(path)
-
-    seen, sides = [], []
-    for paths, limit in zip((train, val), share_limit(max_videos, len(train), len(val)), strict=True):
-        if limit < len(paths):  # by hash, not by name, so that the choice is spread over the folder
-            paths.sort(key=lambda path: split_key(seed + 1, index.name(path)))
-        sides.append(sorted(take_usable(index, paths, limit, span, workers, seen), key=lambda video: video.name))
-    if not designated:
-        fill_empty_side(sides, seed, assigned)
-        index.save()
-    summary = summarise_index(seen, span)
-    for line in summary:
-        log(line)
-    if not all(sides):
+            name = index.name(path)
+            by_hash = "val" if split_key(seed, name) < val_ratio else "train"
+            (val if assigned.get(name, by_hash) == "val" else train).append(path)
         rule = "it must hold at least two usable MP4 files, one for validation"
-        if designated:
-            rule = f"{' and '.join(designated)} must each hold a usable MP4 file"
-        raise ValueError(f"--data_root {root}: {rule}; {'; '.join(summary)}")
-    return sides[0], sides[1]
 
-
-def data_as_trained(trained: Mapping[str, Any], data_root: str | None, cache_dir: str | None) -> tuple[str, str]:
-    """The data folder and its index's: as given, or else those of a checkpoint's `args` (built-in clips included)."""
-    cache_dir = cache_dir or trained.get("cache_dir") or "outputs/cache"
-    return str(data_root or trained.get("data_root") or make_synthetic_videos(cache_dir)), cache_dir
-
-
-def split_as_trained(
-    trained: Mapping[str, Any], clip_config: Mapping[str, Any], data_root: str, cache_dir: str
-) -> tuple[list[Video], list[Video]]:
-    """As `prepare_videos`, dividing the folder as the training of a checkpoint with these `args` divides it."""
-    span = clip_span(clip_config["num_frames"], clip_config["frame_stride"])
-    split = {"val_ratio": trained["val_ratio"], "seed": trained["seed"], "max_videos": trained.get("max_videos")}
-    return prepare_videos(data_root, span=span, cache_dir=cache_dir, **split)
-
-
-def usable_videos(
-    data_root: str | Path, span: int, cache_dir: str | Path, limit: int, log: Callable[[str], None] = print0
-) -> list[Video]:
-    """The first `limit` files below a folder, by name, that have `span` frames; a ValueError if there is none."""
-    seen: list[Video] = []
-    usable = take_usable(VideoIndex(data_root, cache_dir), find_videos(data_root), limit, span, 1, seen)
-    summary = summarise_index(seen, span)
-    if not usable:
-        raise ValueError(f"--data_root {data_root}: it must hold a usable MP4 file; {'; '.join(summary)}")
-    for line in summary:
-        log(line)
-    return usable
+    splits = []
+    limits = share_limit(max_videos, len(train), len(val))
+    for paths, limit in zip((train, val), limits, strict=True):
+        if limit < len(paths):
+            # By hash, so that the choice is spread over the folder.
+            paths.sort(key=lambda path: split_key(seed + 1, index.name(path)))
+        usable = index.take(paths, limit, span)
+        splits.append(sorted(usable, key=lambda video: video.name))
+    train, val = splits
+    if not folders and not (train and val) and len(train) + len(val) > 1:
+        assigned.update(_fill_empty_split(train, val, seed))
+        index.save()
+    index.report(span, log, broken_rule=None if train and val else rule)
+    return train, val
 
 
 def share_limit(max_videos: int | None, train: int, val: int) -> tuple[int, int]:
-    """--max_videos, at least 2, divided between both sides in proportion, with at least one for each with files."""
+    """--max_videos, at least 2, in proportion to the splits, at least one for each."""
     if max_videos is None or max_videos >= train + val:
         return train, val
-    for_val = min(max(1, round(max_videos * val / (train + val))), max_videos - 1) if val else 0
+    share = max(1, round(max_videos * val / (train + val)))
+    for_val = min(share, max_videos - 1) if val else 0
     return max_videos - for_val, for_val
 
 
-def take_usable(
-    index: VideoIndex, paths: Sequence[Path], limit: int, span: int, workers: int, seen: list[Video]
+def _fill_empty_split(train: list[Video], val: list[Video], seed: int) -> dict[str, str]:
+    # The file that comes nearest moves.
+    full = sorted(train + val, key=lambda video: split_key(seed, video.name))
+    empty, moved = (train, full[-1]) if val else (val, full[0])
+    (val if val else train).remove(moved)
+    empty.append(moved)
+    return {moved.name: "train" if empty is train else "val"}
+
+
+def usable_videos(
+    data_root: str | Path, span: int, limit: int, cache_dir: str | Path | None, log: Log = print
 ) -> list[Video]:
-    """The first `limit` files that have `span` frames; no more are looked at, and those that are join `seen`."""
-    waiting, usable = list(paths), []
-    while waiting and len(usable) < limit:
-        count = limit - len(usable)
-        videos, waiting = index.lookup(waiting[:count], workers), waiting[count:]
-        seen += videos
-        usable += [video for video in videos if video.info and video.info.frames >= span]
+    """The first `limit` files by name that have `span` frames; ValueError if none has."""
+    index = VideoIndex(data_root, cache_dir)
+    usable = index.take(find_videos(data_root), limit, span)
+    index.report(span, log, broken_rule=None if usable else "it must hold a usable MP4 file")
     return usable
 
 
-def fill_empty_side(sides: list[list[Video]], seed: int, assigned: dict[str, str]) -> None:
-    """Move one file to a side that the hash left empty, and remember it in `assigned`; two files are needed."""
-    train, val = sides
-    for full, empty, name, nearest in ((train, val, "val", min), (val, train, "train", max)):
-        if not empty and len(full) > 1:
-            empty.append(nearest(full, key=lambda video: split_key(seed, video.name)))
-            full.remove(empty[0])
-            assigned[empty[0].name] = name
+def held_out_videos(
+    trained_args: Mapping[str, Any],
+    clip_config: Mapping[str, Any],
+    data_root: str | None = None,
+    split: str = "val",
+    log: Log = print,
+) -> tuple[list[Video], str]:
+    """The "val" or "train" files as the run of a checkpoint split them, and their root.
 
-
-def printable(name: str) -> str:
-    """A file's name as a terminal can show it on one line, whatever bytes it has."""
-    text = os.fsencode(name).decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def summarise_index(videos: Sequence[Video], span: int) -> list[str]:
-    """A line of counts, then one for each kind of trouble with the first names and reasons."""
-    readable = [video for video in videos if video.info]
-    short = [(video, f"{video.info.frames} frames") for video in readable if video.info.frames < span]
-    unreadable = [(video, video.reason) for video in videos if not video.info]
-    damaged = [(video, video.info.damage) for video in readable if video.info.damage and video.info.frames >= span]
-    usable = len(readable) - len(short)
-    lines = [f"{len(videos)} MP4 files: {usable} usable, {len(short)} too short, {len(unreadable)} unreadable"]
-    too_short = f"too short for a clip of {span} frames"
-    for title, found in ((too_short, short), ("unreadable", unreadable), ("usable but damaged", damaged)):
-        if found:
-            names = [f"{printable(video.name)} ({reason})" for video, reason in found[:NAMED_IN_SUMMARY]]
-            rest = len(found) - len(names)
-            more = f" and {rest} more (python tools/check_videos.py lists all)" if rest else ""
-            lines.append(f"{title}: {', '.join(names)}{more}")
-    return lines
+    Without a `data_root` it is that of the run, or the built-in clips.
+    """
+    cache_dir = trained_args["cache_dir"] or DEFAULT_CACHE_DIR
+    root = data_root or trained_args["data_root"] or make_synthetic_videos(cache_dir)
+    train, val = prepare_videos(
+        root,
+        span=clip_span(clip_config["num_frames"], clip_config["frame_stride"]),
+        val_ratio=trained_args["val_ratio"],
+        seed=trained_args["seed"],
+        cache_dir=cache_dir,
+        max_videos=trained_args["max_videos"],
+        log=log,
+    )
+    return train if split == "train" else val, str(root)

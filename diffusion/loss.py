@@ -30,23 +30,14 @@ VALIDATION_PAIRS = 64
 
 
 class DiffusionTask(NamedTuple):
-    """What a diffusion run learns: its forward process, its noise and what it refines around.
-
-    Attributes:
-        schedule: the forward process.
-        noise: the noise's distribution.
-        predictor: the frozen FramePredictor whose residuals are diffused; None = frames are.
-        temporal_loss_weight: of the L1 on frame differences.
-        cfg_drop_prob: chance, per clip, that both contexts are zeroed.
-        part: which process this is, and how many share a step's draws.
-    """
+    """What a diffusion run learns: its forward process, its noise, what it refines around."""
 
     schedule: DiffusionSchedule
     noise: NoiseConfig = WHITE
-    predictor: nn.Module | None = None
-    temporal_loss_weight: float = 0.0
-    cfg_drop_prob: float = 0.0
-    part: tuple[int, int] = (0, 1)
+    predictor: nn.Module | None = None  # frozen, its residuals are diffused; None = frames are
+    temporal_loss_weight: float = 0.0  # of the L1 on frame differences
+    cfg_drop_prob: float = 0.0  # chance, per clip, that both contexts are zeroed
+    part: tuple[int, int] = (0, 1)  # this process's number, and how many share a step's draws
 
 
 class TrainingNoise(NamedTuple):
@@ -60,15 +51,10 @@ class TrainingNoise(NamedTuple):
 def sample_training_noise(
     middle: Tensor, generator: torch.Generator, task: DiffusionTask
 ) -> TrainingNoise:
-    """Draw a batch's indices, noise and dropped clips.
+    """Draw indices, noise and dropped clips for a batch of the shape of `middle`, [B,C,M,H,W].
 
     Several processes draw from equal generators for all their clips and keep a part each: what a
     single process would have drawn.
-
-    Args:
-        middle: [B,C,M,H,W]; only its shape and device count.
-        generator: draws are made on its device and moved to that of `middle`.
-        task: says how to draw.
     """
     number, parts = task.part
     b, c, m, h, w = middle.shape
@@ -105,27 +91,16 @@ def temporal_l1(x0_hat: Tensor, x0: Tensor) -> Tensor:
 
 
 def velocity_loss(
-    model: nn.Module,
+    model: nn.Module,  # (x_t, t, start_context, end_context) -> v
     schedule: DiffusionSchedule,
-    start_context: Tensor,
-    x0: Tensor,
+    start_context: Tensor,  # [B,C,K,H,W] in [-1, 1]; zeros for a dropped clip
+    x0: Tensor,  # what is diffused, [B,C,M,H,W]: frames in [-1, 1], or residuals of them
     end_context: Tensor,
-    t: Tensor,
-    eps: Tensor,
+    t: Tensor,  # diffusion index per clip, [B] long
+    eps: Tensor,  # noise, the shape of x0
     temporal_loss_weight: float = 0.0,
 ) -> Tensor:
-    """MSE on v plus temporal_loss_weight * `temporal_l1`, in float32 under any autocast.
-
-    Args:
-        model: (x_t, t, start_context, end_context) -> v.
-        schedule: the forward process.
-        start_context: [B,C,K,H,W] in [-1, 1], as `end_context`; zeros for a dropped clip.
-        x0: what is diffused, [B,C,M,H,W]: frames in [-1, 1], or residuals of them.
-        t: diffusion index per clip, [B] long.
-        eps: noise, the shape of x0.
-
-    Returns: [B].
-    """
+    """MSE on v plus temporal_loss_weight * `temporal_l1`, [B], in float32 under any autocast."""
     x_t = schedule.add_noise(x0, eps, t)
     v_hat = model(x_t, t, start_context, end_context).float()
     v_mse = (v_hat - schedule.v_from(x0, eps, t)).square().flatten(1).mean(1)  # [B]
@@ -142,13 +117,12 @@ def diffusion_loss(
     *,
     task: DiffusionTask,
 ) -> Tensor:
-    """The denoiser's loss per clip, [B], at noise levels and noise drawn from the generator.
+    """The denoiser's loss, at noise levels and noise drawn from the generator.
 
     Args:
         model: (x_t, t, start_context, end_context) -> v.
         start_context: [B,C,K,H,W] in [-1, 1], as `end_context`.
         middle: true frames, [B,C,M,H,W] in [-1, 1].
-        task: what is diffused, and how.
     """
     prediction = predict(task.predictor, start_context, end_context, middle.shape[2])
     noise = sample_training_noise(middle, generator, task)
@@ -173,16 +147,11 @@ def predictor_loss(
     end_context: Tensor,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The predictor's regression loss per clip, [B]: of its frames and of its expected error.
+    """The predictor's regression loss: of its frames and of its expected error; nothing is random.
 
     The expected error is learned as the width of a Laplace distribution, by its likelihood of the
     error. The loss is 0 for exact frames that are expected to be exact, and never negative.
-
-    Args:
-        model: (start_context, end_context, M) -> (frames, log_error), as FramePredictor.
-        start_context: [B,C,K,H,W] in [-1, 1], as `end_context`.
-        middle: true frames, [B,C,M,H,W] in [-1, 1].
-        generator: not used, as nothing here is random.
+    `model` is (start_context, end_context, M) -> (frames, log_error), as FramePredictor.
 
     Source: the likelihood is that of Kendall & Gal 2017, arXiv:1703.04977, section 3.
     """
@@ -212,9 +181,8 @@ def diffusion_validation_losses(
     Args:
         clips: numbers, in the whole split, of the clips of this batch.
         total_clips: of the split; where they are few, each is seen at several t.
-        seed: of the noise.
 
-    Returns: [B * draws], in the order of the draws.
+    Returns: [B * draws].
     """
     draws = -(-VALIDATION_PAIRS // total_clips)
     prediction = predict(task.predictor, start_context, end_context, middle.shape[2])

@@ -28,25 +28,15 @@ from utils.video_utils import middle_length
 
 @dataclass(eq=False, repr=False)
 class MiddleFramePipeline:
-    """Generates the frames between two observed ends.
+    """Generates the frames between two observed ends."""
 
-    Attributes:
-        model: the denoiser, in eval mode; None = the prediction is all there is.
-        schedule: that the model was trained with.
-        clip_config: num_frames, size, frame_stride and color_mode of training.
-        noise: the noise's distribution in training.
-        predictor: whose prediction the model refines, in eval mode; None = nothing is refined.
-        amp_dtype: of autocast; None = float32.
-        trained: what else a checkpoint says: step, args, history.
-    """
-
-    model: VideoUNet3D | None
-    schedule: DiffusionSchedule
-    clip_config: Mapping[str, Any]
-    noise: NoiseConfig = WHITE
-    predictor: FramePredictor | None = None
-    amp_dtype: torch.dtype | None = None
-    trained: Mapping[str, Any] = field(default_factory=dict)
+    model: VideoUNet3D | None  # the denoiser, in eval mode; None = there is a predictor only
+    schedule: DiffusionSchedule  # that it was trained with
+    clip_config: Mapping[str, Any]  # num_frames, size, frame_stride and color_mode of training
+    noise: NoiseConfig = WHITE  # of training
+    predictor: FramePredictor | None = None  # whose prediction the model refines
+    amp_dtype: torch.dtype | None = None  # of autocast; None = float32
+    trained: Mapping[str, Any] = field(default_factory=dict)  # step, args, history
 
     def __post_init__(self):
         network = self.model or self.predictor
@@ -61,11 +51,7 @@ class MiddleFramePipeline:
         device: str = "auto",
         use_raw_model: bool = False,
     ) -> "MiddleFramePipeline":
-        """Load a checkpoint of training.
-
-        Args:
-            device: "auto", "cpu", "mps", "cuda" or "cuda:N".
-            use_raw_model: take the trained weights instead of their EMA.
+        """Load a checkpoint of training: its EMA, or with use_raw_model the weights themselves.
 
         Raises: ValueError: naming the file or the device that cannot be used.
         """
@@ -76,13 +62,11 @@ class MiddleFramePipeline:
             schedule = DiffusionSchedule(config["timesteps"], config["schedule"])
             noise = NoiseConfig(config["noise_offset"], config["noise_correlation"])
             weights = checkpoint["model"] if use_raw_model else checkpoint["ema"]
-            network = {"config": checkpoint["model_config"], "weights": weights}
-            denoiser = None
+            denoiser = {"config": checkpoint["model_config"], "weights": weights}
             predictor = checkpoint["predictor"]
             if checkpoint["args"]["train"] == "predictor":
-                predictor = network
-            else:
-                denoiser = network
+                predictor = denoiser
+                denoiser = None
             model = load_network(VideoUNet3D, denoiser, path, target)
             predictor = load_network(FramePredictor, predictor, path, target)
         # fp16 needs the loss scaler of training; sampling takes bf16 or nothing.
@@ -114,8 +98,9 @@ class MiddleFramePipeline:
         if self.model is None and steps != 0:
             raise ValueError(f"--steps must be 0 for a predictor's own checkpoint (got {steps})")
         if self.predictor is None or steps != 0:
-            checked = {name: settings[name] for name in settings if name != "guidance_scale"}
-            check_sampler(self.schedule.timesteps, **checked)
+            interval = settings["guidance_interval"]
+            spacing = settings["spacing"]
+            check_sampler(self.schedule.timesteps, steps, spacing, interval, settings["eta"])
         return settings
 
     def __call__(
@@ -123,24 +108,19 @@ class MiddleFramePipeline:
         start: Frames,
         end: Frames,
         *,
-        num_middle: int | None = None,
-        num_samples: int = 1,
+        num_middle: int | None = None,  # frames to generate; None = as in training
+        num_samples: int = 1,  # different middles for each clip
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        callback: Callable[..., None] | None = None,
-        clip_x0: bool = True,
-        dynamic_threshold: bool = False,
+        callback: Callable[..., None] | None = None,  # of every step, see `sample_middle`
+        clip_x0: bool = True,  # clip clean predictions to the range of pixels at every step
+        dynamic_threshold: bool = False,  # scale them by a percentile; not for residuals
         **settings: Any,
     ) -> Tensor:
         """Draw middle frames; the samples of a clip stand beside each other.
 
         Args:
             start: the first K frames, as `end` the last, see `load_context`.
-            num_middle: frames to generate; None = as in training.
-            num_samples: different middles for each clip.
             generator: one for all, or one per clip and sample; None = torch's global one.
-            callback: called at every step, see `sample_middle`.
-            clip_x0: clip clean predictions to the range of pixels at every step.
-            dynamic_threshold: scale them by a percentile instead; not for residuals.
             settings: in place of the default sampler's: steps (0 = the prediction), spacing,
                 guidance_scale, guidance_interval, eta.
 

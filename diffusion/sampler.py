@@ -42,13 +42,10 @@ class Denoiser(Protocol):
 def visited_timesteps(timesteps: int, steps: int, spacing: str = "linspace") -> list[int]:
     """The diffusion indices that a sampler visits, falling from timesteps - 1.
 
-    Args:
-        timesteps: length of the noise schedule.
-        steps: how many indices, in [1, timesteps].
-        spacing: "linspace" = evenly, down to 0; "quadratic" = down to 0, closer together towards
-            clean frames; "trailing" = evenly, the last step being as long as the others.
+    "linspace" = evenly, down to 0; "quadratic" = down to 0, closer together towards clean frames;
+    "trailing" = evenly, the last step being as long as the others.
 
-    Raises: ValueError: for steps or a spacing out of range.
+    Raises: ValueError: unless steps lie in [1, timesteps], and for another spacing.
     Source: Song et al. 2020, arXiv:2010.02502, appendix D.2 (quadratic); Lin et al. 2023,
         arXiv:2305.08891, table 2 (trailing).
     """
@@ -67,12 +64,7 @@ def visited_timesteps(timesteps: int, steps: int, spacing: str = "linspace") -> 
 
 
 def check_sampler(
-    timesteps: int,
-    *,
-    steps: int,
-    spacing: str,
-    guidance_interval: tuple[float, float],
-    eta: float,
+    timesteps: int, steps: int, spacing: str, guidance_interval: Sequence[float], eta: float
 ) -> None:
     """Raises: ValueError: for settings out of range, naming the flag, the rule and the value."""
     visited_timesteps(timesteps, steps, spacing)
@@ -96,12 +88,7 @@ def is_guided(
 
 
 def forwards_per_clip(timesteps: int, settings: Mapping[str, Any]) -> int:
-    """NFE of one sample: a network forward per step, two where the step is guided.
-
-    Args:
-        timesteps: length of the noise schedule.
-        settings: with steps, spacing, guidance_scale and guidance_interval; 0 steps cost nothing.
-    """
+    """NFE of one sample: a network forward per step, two where the step is guided."""
     if settings["steps"] == 0:
         return 0
     visited = visited_timesteps(timesteps, settings["steps"], settings["spacing"])
@@ -119,21 +106,16 @@ def guided_denoiser(
 ) -> Callable[[Tensor, Tensor, bool], Tensor]:
     """The velocity as a function of (x_t, t, whether this step is guided).
 
-    Contexts are encoded once, here. A guided step runs both branches in one forward; any other
-    step runs the conditional branch, or the unconditional one where the scale is 0.
-
-    Args:
-        guided: one entry for each step to come; what no step needs is not encoded.
+    Contexts are encoded once, here; what no step to come needs is not encoded. A guided step runs
+    both branches in one forward; any other step runs the conditional branch, or the unconditional
+    one where the scale is 0.
 
     Source: Ho & Salimans 2022, arXiv:2207.12598.
     """
     blank = torch.zeros_like(start_context)
-    single = None
-    both = None
-    if not all(guided) and guidance_scale == 0:
-        single = model.encode_contexts(blank, blank)
-    elif not all(guided):
-        single = model.encode_contexts(start_context, end_context)
+    if not all(guided):
+        ends = (start_context, end_context) if guidance_scale else (blank, blank)
+        single = model.encode_contexts(*ends)
     if any(guided):
         both = model.encode_contexts(
             torch.cat([blank, start_context]), torch.cat([blank, end_context])
@@ -163,18 +145,12 @@ def dynamic_thresholding(x0: Tensor) -> Tensor:
 def ddim_step(
     x0_hat: Tensor,
     eps_hat: Tensor,
-    alpha_bar: float,
-    alpha_bar_prev: float,
+    alpha_bar: float,  # of the present noise level
+    alpha_bar_prev: float,  # of the next one, which is less noisy; 1 = clean
     eta: float,
-    draw_eps: Callable[[], Tensor],
+    draw_eps: Callable[[], Tensor],  # is called only if eta > 0
 ) -> Tensor:
-    """One DDIM update to the next noise level, where alpha_bar_prev = 1 is clean.
-
-    Args:
-        alpha_bar: of the present level.
-        alpha_bar_prev: of the next, less noisy one.
-        eta: 0 = deterministic .. 1 = DDPM's posterior.
-        draw_eps: gives fresh noise, and is called only if eta > 0.
+    """One DDIM update to the next noise level.
 
     Source: Song et al. 2020, arXiv:2010.02502, eqs. 12 and 16.
     """
@@ -189,44 +165,27 @@ def ddim_step(
 
 @torch.no_grad()
 def sample_middle(
-    model: Denoiser,
-    schedule: DiffusionSchedule,
-    start_context: Tensor,
-    end_context: Tensor,
+    model: Denoiser,  # in eval mode
+    schedule: DiffusionSchedule,  # that it was trained with
+    start_context: Tensor,  # [B,C,K,H,W] in [-1, 1]
+    end_context: Tensor,  # the same shape
     *,
-    num_middle: int,
+    num_middle: int,  # frames M to generate
     steps: int = 40,
     spacing: str = "linspace",
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    eta: float = 0.0,
-    clip_x0: bool = True,
+    guidance_scale: float = 1.0,  # 1 = conditional, 0 = unconditional, above 1 = guided
+    guidance_interval: tuple[float, float] = (0.0, 1.0),  # shares of the schedule, 0 = clean
+    eta: float = 0.0,  # 0 = deterministic DDIM .. 1 = DDPM's posterior noise
+    clip_x0: bool = True,  # clamp clean predictions to x0_range, and derive eps from them again
     x0_range: tuple[Tensor | float, Tensor | float] = (-1.0, 1.0),
-    dynamic_threshold: bool = False,
-    noise: NoiseConfig = WHITE,
+    dynamic_threshold: bool = False,  # scale clean predictions by a percentile instead
+    noise: NoiseConfig = WHITE,  # as in training
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    callback: Callable[..., None] | None = None,
+    callback: Callable[..., None] | None = None,  # gets i, t, x_t, v and x0_hat of every step
 ) -> Tensor:
     """Draw middle frames given both contexts.
 
     A clip has its own noise, so that its result does not depend on the batch that it is in.
-
-    Args:
-        model: in eval mode.
-        schedule: that it was trained with.
-        start_context: [B,C,K,H,W] in [-1, 1], as `end_context`.
-        num_middle: frames M to generate, at least 1.
-        steps: in [1, timesteps].
-        spacing: see `visited_timesteps`.
-        guidance_scale: 1 = conditional, 0 = unconditional, above 1 = guided.
-        guidance_interval: shares of the schedule, 0 = clean, between which steps are guided.
-        eta: 0 = deterministic DDIM .. 1 = DDPM's posterior noise.
-        clip_x0: clamp every clean prediction to x0_range, and derive eps from it again.
-        x0_range: lowest and highest x0, numbers or [B,C,M,H,W].
-        dynamic_threshold: scale clean predictions by a percentile instead.
-        noise: the noise's distribution, as in training.
-        generator: one, or one per clip; None = torch's global one.
-        callback: called at every step with i, t, x_t, v (guided) and x0_hat (clipped).
 
     Returns: [B,C,M,H,W] float32, within x0_range if clean predictions are clipped.
     Raises: ValueError: for contexts of different shapes or an argument out of its range.
@@ -236,13 +195,7 @@ def sample_middle(
         raise ValueError(f"start_context and end_context must be [B,C,K,H,W] alike (got {got})")
     if num_middle < 1:
         raise ValueError(f"num_middle must be at least 1 (got {num_middle})")
-    check_sampler(
-        schedule.timesteps,
-        steps=steps,
-        spacing=spacing,
-        guidance_interval=guidance_interval,
-        eta=eta,
-    )
+    check_sampler(schedule.timesteps, steps, spacing, guidance_interval, eta)
 
     # Plan the steps and encode the contexts.
     visited = visited_timesteps(schedule.timesteps, steps, spacing)

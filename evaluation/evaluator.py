@@ -1,9 +1,8 @@
-"""Evaluating: which clips are read, what generates their middles, and the scoring of batches with it."""
+"""The methods that generate middles, and the scoring of clips with them, batch by batch."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,57 +10,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.kinetics_video_dataset import DecodedFrames
-from data.video_index import Video, clip_span, printable, reason_of
+from data.kinetics_video_dataset import DecodedFrames, read_clip
+from data.video_index import Video, central_start, clip_span, printable, reason_of
 from data.video_reader import DECODE_ERRORS
 from diffusion.noise import SAMPLE, generator_for
-from diffusion.pipeline import MiddleFramePipeline, describe_settings, forwards_per_clip
+from diffusion.pipeline import MiddleFramePipeline
+from diffusion.sampler import forwards_per_clip
+from evaluation.baselines import load_baseline
 from evaluation.fvd import I3D
 from evaluation.metrics import Scorer, diversity
-from evaluation.results import PerClipResults
-from utils import distributed
-from utils.distributed import is_main, print0
-from utils.interpolators import load_interpolator
+from evaluation.results import Line, PerClipResults
 from utils.io import file_sha256
-from utils.video_utils import FrameSize, join_clip, split_clip, to_float
-
-
-class ClipReader(NamedTuple):
-    """Cuts one clip from a file; `window` is "central", "random" (by seed and number) or the first frame's number."""
-
-    num_frames: int
-    frame_stride: int
-    size: FrameSize
-    color_mode: str
-    window: str | int
-    seed: int
-    linear_light: bool = False
-
-    @property
-    def needed(self) -> int:
-        """Frames that a file must have."""
-        return clip_span(self.num_frames, self.frame_stride) + (self.window if isinstance(self.window, int) else 0)
-
-    def identify(self, video: Video, number: int) -> dict[str, Any]:
-        """What one clip is: its file, the file's hash, and the first frame used."""
-        slack, first = video.info.frames - clip_span(self.num_frames, self.frame_stride), self.window
-        if first == "central":
-            first = slack // 2
-        elif first == "random":
-            first = int(np.random.default_rng([self.seed, number]).integers(slack + 1))
-        return {"name": printable(video.name), "sha256": file_sha256(video.path), "first_frame": first}
-
-    def read(self, video: Video, first: int) -> Tensor | str:
-        """One clip as uint8 [C,T,H,W], or why it cannot be read."""
-        wanted = range(first, first + self.num_frames * self.frame_stride, self.frame_stride)
-        try:
-            return DecodedFrames(self.size, self.color_mode, self.linear_light).read(video, wanted)
-        except DECODE_ERRORS as error:
-            return reason_of(error)
+from utils.video_utils import join_clip, split_clip, to_float
 
 
 class Method(NamedTuple):
-    """A row of the table: draws middles [B,C,M,H,W] for contexts [B,C,K,H,W] and one (clip, sample) key for each."""
+    """A row of the table.
+
+    `generate` maps contexts [B,C,K,H,W] and B keys (clip, sample) to middles.
+    """
 
     name: str
     samples: int
@@ -70,110 +37,159 @@ class Method(NamedTuple):
 
 
 def pipeline_method(
-    pipe: MiddleFramePipeline, settings: Mapping[str, Any], gap: Mapping[str, Any], samples: int, seed: int
+    pipe: MiddleFramePipeline, settings: Line, num_middle: int, samples: int, seed: int
 ) -> Method:
-    """A trained model under one combination of sampler settings; each sample has its own noise.
+    """A model under one combination of sampler settings."""
 
-    `gap` are the arguments of a call that say what is missing: num_middle, times and hierarchy.
-    """
+    def generate(start, end, keys):
+        # Each sample has its own noise, in whatever batch it is.
+        noise = [generator_for(seed, SAMPLE, *key) for key in keys]
+        return pipe(start, end, num_middle=num_middle, generator=noise, **settings)
 
-    def generate(start: Tensor, end: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
-        generators = [generator_for(seed, SAMPLE, *key) for key in keys]
-        return pipe(start, end, **gap, generator=generators, **settings)
-
+    # Nothing of a prediction is random.
+    samples = samples if settings["steps"] else 1
     nfe = forwards_per_clip(pipe.schedule.timesteps, settings)
-    if gap["hierarchy"]:
-        nfe *= sum(map(len, pipe.plan(gap["num_middle"])))
-    if settings["steps"] == 0:
-        samples = 1  # nothing of a prediction is random
     return Method(f"ours, {describe_settings(settings)}", samples, nfe, generate)
 
 
 def baseline_method(name: str, device: torch.device, num_middle: int) -> Method:
-    """A baseline, which has one answer and runs no network of ours."""
-    baseline = load_interpolator(name, device)
-    return Method(name.replace("_", "-"), 1, 0, lambda start, end, keys: baseline(start, end, num_middle))
+    """A baseline, which has one answer and no network of ours."""
+    baseline = load_baseline(name, device)
+
+    def generate(start, end, keys):
+        return baseline(start, end, num_middle)
+
+    return Method(name.replace("_", "-"), samples=1, nfe=0, generate=generate)
+
+
+def describe_settings(settings: Mapping[str, Any]) -> str:
+    """A sampler's settings in few words: "5 steps, quadratic, guidance 1.8"."""
+    if settings["steps"] == 0:
+        return "predictor"
+    text = f"{settings['steps']} steps"
+    if settings["spacing"] != "linspace":
+        text += f", {settings['spacing']}"
+    text += f", guidance {settings['guidance_scale']:g}"
+    low, high = settings["guidance_interval"]
+    if (low, high) != (0, 1):
+        text += f" in [{low:g}, {high:g}]"
+    if settings["eta"]:
+        text += f", eta {settings['eta']:g}"
+    return text
 
 
 @dataclass
 class Evaluator:
-    """Scores clips with every method, `batch_size` samples at once; with FVD's features where there is an `i3d`."""
+    """Scores a clip of each file with every method.
 
-    reader: ClipReader
+    Attributes:
+        clip: num_frames, endpoint_context, frame_stride, size and color_mode.
+        window: "central", "random" (by seed and number) or the first frame.
+        batch_size: samples at once.
+        i3d: None = no FVD.
+    """
+
+    videos: Sequence[Video]
+    clip: Line
+    window: str | int
+    seed: int
     methods: Sequence[Method]
     scorer: Scorer
     i3d: I3D | None
     batch_size: int
-    endpoint_context: int
     device: torch.device
 
-    def score_all(self, videos: Sequence[Video], results: PerClipResults) -> None:
-        """Score every clip that `results` does not hold yet, in batches that do not depend on what it holds.
+    def identify(self, number: int) -> Line:
+        """The name and hash of a clip's file, and the first frame used."""
+        video = self.videos[number]
+        span = clip_span(self.clip["num_frames"], self.clip["frame_stride"])
+        first = self.window
+        if first == "central":
+            first = central_start(video, span)
+        elif first == "random":
+            rng = np.random.default_rng([self.seed, number])
+            first = int(rng.integers(video.info.frames - span + 1))
+        sha256 = file_sha256(video.path)
+        return {"name": printable(video.name), "sha256": sha256, "first_frame": first}
 
-        Several processes take a batch each in turn; the first of them, whose `results` count, writes.
+    def read(self, number: int, source: Line) -> Tensor:
+        """A clip, uint8 [C,T,H,W]; raises one of DECODE_ERRORS."""
+        frames = DecodedFrames(self.clip["size"], self.clip["color_mode"])
+        shape = (self.clip["num_frames"], self.clip["frame_stride"])
+        return read_clip(frames, self.videos[number], source["first_frame"], *shape)
+
+    def score_all(self, results: PerClipResults) -> tuple[list[Line], list[str]]:
+        """Score every clip that `results` does not hold.
+
+        Returns: the lines of all, and the clips that could not be read.
         """
+        # A batch with a clip missing is scored whole: after a stop, scores are
+        # those of an undisturbed run, bit for bit.
+        numbers = range(len(self.videos))
+        sources = [self.identify(number) for number in numbers]
         group = max(1, self.batch_size // max(method.samples for method in self.methods))
-        per_clip = sum(method.samples for method in self.methods)
-        batches = [range(i, min(i + group, len(videos))) for i in range(0, len(videos), group)]
-        waiting = distributed.from_main([batch for batch in batches if not results.has(batch)])
-        done = len(videos) - sum(map(len, waiting))
-        if done:
-            print0(f"{done} of {len(videos)} clips were scored before")
-        total, hidden = {"total": len(videos) * per_clip, "initial": done * per_clip}, None if is_main() else True
-        with tqdm(**total, unit="sample", disable=hidden) as bar:
-            read_and_score = partial(self.read_and_score, videos, results.clips)
-            for lines, features in distributed.in_turns(waiting, read_and_score):
-                results.add(lines, features)
-                bar.update(per_clip * len(lines))
-        if is_main():
-            results.tidy()
+        batches = [numbers[i : i + group] for i in numbers[::group]]
+        done = {line["clip"] for line in results.scored(sources)}
+        failures = []
+        for batch in tqdm(batches, "scoring", unit="batch"):
+            if done.issuperset(batch):
+                continue
+            clips = {}
+            for number in batch:
+                try:
+                    clips[number] = self.read(number, sources[number])
+                except DECODE_ERRORS as error:
+                    failures.append(f"{sources[number]['name']} ({reason_of(error)})")
+            if clips:
+                lines = self.score(clips)
+                results.add([{**line, "source": sources[line["clip"]]} for line in lines])
+        results.tidy()
+        return results.scored(sources), failures
 
-    def read_and_score(
-        self, videos: Sequence[Video], about: Sequence[Mapping[str, Any]], batch: Sequence[int]
-    ) -> tuple[list[dict], dict[int, dict]]:
-        """What `score` gives of the clips of these numbers, with a line for each that could not be read."""
-        reads = {i: self.reader.read(videos[i], about[i]["first_frame"]) for i in batch}
-        failed = [{"clip": i, "failure": read} for i, read in reads.items() if isinstance(read, str)]
-        for line in failed:
-            name = printable(videos[line["clip"]].name)
-            tqdm.write(f"could not read {name} ({line['failure']}); it is left out")
-        clips = {i: read for i, read in reads.items() if torch.is_tensor(read)}
-        lines, features = self.score(clips) if clips else ([], {})
-        return [*lines, *failed], features
-
-    def score(self, clips: Mapping[int, Tensor]) -> tuple[list[dict], dict[int, dict]]:
-        """Lines for per_clip.jsonl, and the FVD features by clip and method, of clips uint8 [C,T,H,W] by number."""
+    def score(self, clips: Mapping[int, Tensor]) -> list[Line]:
+        """Lines of scores of clips uint8 [C,T,H,W] by number."""
         batch = to_float(torch.stack(list(clips.values()))).to(self.device)
-        start, truth, end = split_clip(batch, self.endpoint_context)
-        lines, features = [{"clip": number, "methods": {}} for number in clips], {}
+        start, truth, end = split_clip(batch, self.clip["endpoint_context"])
+        lines = [{"clip": number, "methods": {}} for number in clips]
         if self.i3d is not None:
-            whole = join_clip(start, truth, end)
-            features = {number: {"truth": self.i3d(whole[row, None])[0]} for row, number in enumerate(clips)}
+            for line, whole in zip(lines, batch, strict=True):
+                line["features"] = self.i3d(whole[None])[0].tolist()
+
         for method in self.methods:
             generated, seconds = self.generate(method, start, end, list(clips))
-            for row, (line, samples) in enumerate(zip(lines, generated, strict=True)):
-                clip = [part[row].expand(len(samples), -1, -1, -1, -1) for part in (truth, start, end)]
-                entry = {"samples": self.scorer(samples, *clip), "nfe": method.nfe, "seconds": seconds}
+            for row, samples in enumerate(generated):  # [N,C,M,H,W]
+                given = [part[row, None] for part in (truth, start, end)]
+                repeated = [part.expand(len(samples), -1, -1, -1, -1) for part in given]
+                entry = {
+                    "samples": self.scorer(samples, *repeated),
+                    "nfe": method.nfe,
+                    "seconds": seconds,
+                }
                 if len(samples) > 1:
-                    image, once = samples.mean(0, keepdim=True), (part[:1] for part in clip)
-                    entry["mean_image"] = self.scorer(image, *once)[0]
-                    if "diversity" in self.scorer.metrics:
-                        entry["diversity"] = diversity(samples)
-                line["methods"][method.name] = entry
+                    image = samples.mean(0, keepdim=True)
+                    entry["mean_image"] = self.scorer(image, *given)[0]
+                    entry["diversity"] = diversity(samples)
                 if self.i3d is not None:
-                    whole = join_clip(clip[1], samples, clip[2])
-                    features[line["clip"]][method.name] = np.stack([self.i3d(sample[None])[0] for sample in whole])
-        return lines, features
+                    # One by one: batches of other sizes are rounded differently.
+                    wholes = join_clip(repeated[1], samples, repeated[2])
+                    entry["features"] = [self.i3d(x[None])[0].tolist() for x in wholes]
+                lines[row]["methods"][method.name] = entry
+        return lines
 
-    def generate(self, method: Method, start: Tensor, end: Tensor, numbers: Sequence[int]) -> tuple[Tensor, float]:
-        """All samples of a batch of clips, [B,N,C,M,H,W], and the seconds that one took."""
-        keys = [(row, sample) for row in range(len(numbers)) for sample in range(method.samples)]
-        clock, parts = time.perf_counter(), []
+    def generate(
+        self, method: Method, start: Tensor, end: Tensor, numbers: Sequence[int]
+    ) -> tuple[Tensor, float]:
+        """All samples [B,N,C,M,H,W] of a batch, and the seconds that one took."""
+        n = method.samples
+        keys = [(number, sample) for number in numbers for sample in range(n)]
+        start = start.repeat_interleave(n, dim=0)  # [B*N,C,K,H,W]
+        end = end.repeat_interleave(n, dim=0)
+        clock = time.perf_counter()
+        parts = []
         for i in range(0, len(keys), self.batch_size):
-            chunk = keys[i : i + self.batch_size]
-            rows = [row for row, _ in chunk]
-            parts.append(method.generate(start[rows], end[rows], [(numbers[row], sample) for row, sample in chunk]))
+            part = slice(i, i + self.batch_size)
+            parts.append(method.generate(start[part], end[part], keys[part]))
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         seconds = (time.perf_counter() - clock) / len(keys)
-        return torch.cat(parts).unflatten(0, (len(numbers), method.samples)), seconds
+        return torch.cat(parts).unflatten(0, (len(numbers), n)), seconds

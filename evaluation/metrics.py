@@ -1,159 +1,187 @@
 """Scores of generated middle frames against the true ones, and of samples against each other.
 
-Only generated frames are scored. Frames are compared as the 8-bit pictures that a viewer gets, but for the PSNR of the
-published protocol, which is taken before rounding.
+Frames are [B,C,M,H,W] and contexts [B,C,K,H,W], in [-1, 1]. A function scores each clip of a batch:
+[B] float64, errors in units of the range from black to white. Only generated frames are scored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.hub import get_dir
 
-from evaluation.protocols import Protocol
 from utils.io import file_sha256
-from utils.video_utils import PSNR_CEILING, as_double, frame_psnr, join_clip, resize, to_float, to_gray, to_uint8
+from utils.video_utils import (
+    PSNR_CEILING,
+    FrameSize,
+    as_double,
+    as_pair,
+    frame_psnr,
+    join_clip,
+    resize,
+    to_float,
+    to_gray,
+    to_uint8,
+)
 
-METRICS = ("psnr", "ssim", "lpips", "temporal", "static", "sharpness", "diversity", "fvd")
-HIGHER_IS_BETTER = {"psnr", "psnr_clip", "psnr_middle", "ssim", "ssim_middle"}
-SSIM_WINDOW = 11  # pixels: a Gaussian of deviation 1.5 cut at 3.5 deviations, as scikit-image's
-STILL_LEVELS = 4  # of 255: true values that differ by less in all of a clip show noise of the video, no motion
-LPIPS_SIZE = 128  # pixels, as MCVD's code; AlexNet needs more than small frames have
+SSIM_WINDOW = 11  # pixels: deviation 1.5, cut at 3.5 deviations
+STILL_LEVELS = 4  # of 255; a smaller change is noise of the video
+LPIPS_SIZE = 128  # pixels, as in MCVD's code
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
-ALEXNET_SHA256 = "7be5be79"  # its first digits, which torchvision puts into the name
+ALEXNET_SHA256 = "7be5be79"  # its first digits
 
 
 def alexnet_path() -> Path:
-    """Where torchvision looks for the backbone of LPIPS before it would download it."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_URL.rsplit("/", 1)[1]
+    """Where torchvision looks for the backbone of LPIPS."""
+    return Path(get_dir(), "checkpoints", Path(ALEXNET_URL).name)
 
 
-def missing_for(metric: str, side: int) -> str | None:
-    """Why a metric is left out of frames with this shorter side, and what would bring it; None where it is not."""
-    if metric in ("ssim", "lpips") and find_spec("torchmetrics") is None:
-        return f"{metric} is left out: it needs pip install torchmetrics"
-    if metric == "ssim" and side < SSIM_WINDOW:
-        return f"ssim is left out: its window needs frames of {SSIM_WINDOW} pixels (got --size {side})"
-    if metric == "lpips":
-        path = alexnet_path()
-        if not path.is_file():
-            return f"lpips is left out: it needs {ALEXNET_URL} as {path}"
-        if not file_sha256(path).startswith(ALEXNET_SHA256):
-            return f"lpips is left out: {path} is damaged (its sha256 must begin with {ALEXNET_SHA256})"
-    return None
+def missing_metrics(size: FrameSize) -> dict[str, str]:
+    """What SSIM and LPIPS need, for each that cannot be computed."""
+    if find_spec("torchmetrics") is None:
+        return dict.fromkeys(("ssim", "lpips"), "pip install torchmetrics")
+
+    missing = {}
+    if min(as_pair(size)) < SSIM_WINDOW:
+        missing["ssim"] = f"--size {SSIM_WINDOW} or more (got {size})"
+    # Without the file torchmetrics would download it.
+    path = alexnet_path()
+    if not path.is_file():
+        missing["lpips"] = f"{ALEXNET_URL} as {path}"
+    elif not file_sha256(path).startswith(ALEXNET_SHA256):
+        missing["lpips"] = f"{path} undamaged, with a sha256 of {ALEXNET_SHA256}..."
+    return missing
+
+
+def levels(frames: Tensor) -> Tensor:
+    """The 8-bit values of the pictures that a viewer gets, as float64."""
+    return as_double(to_uint8(frames))
 
 
 def clip_psnr(frames: Tensor, truth: Tensor) -> Tensor:
-    """The dB of each clip's mean squared error, of frames as they are, not rounded: [B,C,T,H,W] in [-1, 1] to [B].
+    """PSNR in dB of the error averaged over a clip; frames are not rounded.
 
-    Errors of frames are averaged before the logarithm, which gives less than the mean of their dB; no error is 100 dB.
+    The mean of the frames' PSNR is higher, since the logarithm is concave.
     """
-    mse = (as_double(frames) - as_double(truth)).square().mean(dim=(1, 2, 3, 4)) / 4  # of a range of 1
+    error = as_double(frames) - as_double(truth)
+    mse = error.square().mean((1, 2, 3, 4)) / 4  # of a range of 1
     return (-10 * torch.log10(mse)).clamp(max=PSNR_CEILING)
 
 
 def ssim(frames: Tensor, truth: Tensor, gray: bool) -> Tensor:
-    """Structural similarity of clips [B,C,T,H,W] in [-1, 1], the mean over frames, channels and pixels: [B] float64.
+    """Structural similarity of colours, or with `gray` of luma.
 
-    With `gray`, luma is compared. Source: Wang et al. 2004, with scikit-image's settings for it: Gaussian weights of
-    deviation 1.5, biased covariances, 8-bit values, borders left out.
+    Source: Wang et al. 2004, with scikit-image's settings for it: Gaussian
+    weights, biased covariances, 8-bit values, borders left out.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    pictures = [to_uint8(clip).transpose(1, 2).flatten(0, 1) for clip in (frames, truth)]  # [B*T,C,H,W]
-    settings = {"gaussian_kernel": True, "sigma": 1.5, "data_range": 255.0, "reduction": "none"}
-    pictures = [as_double(to_gray(picture) if gray else picture) for picture in pictures]
-    _, similarity = structural_similarity_index_measure(*pictures, **settings, return_full_image=True)
-    edge = SSIM_WINDOW // 2  # where the window would reach over the border, which torchmetrics pads
-    return similarity[..., edge:-edge, edge:-edge].reshape(len(frames), -1).mean(1)
+    pictures = []
+    for clip in (frames, truth):
+        picture = to_uint8(clip).transpose(1, 2).flatten(0, 1)  # [B*M,C,H,W]
+        pictures.append(as_double(to_gray(picture) if gray else picture))
+    _, similarity = structural_similarity_index_measure(
+        *pictures,
+        sigma=1.5,
+        data_range=255.0,
+        reduction="none",
+        return_full_image=True,
+    )
+    # torchmetrics pads where the window reaches over the border.
+    edge = SSIM_WINDOW // 2
+    inner = similarity[..., edge:-edge, edge:-edge]
+    return inner.reshape(len(frames), -1).mean(1)
 
 
-def temporal_error(middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> Tensor:
-    """How wrongly pixels change from frame to frame: mean |difference - true difference|, [B] in units of the range.
+def lpips(network: nn.Module, frames: Tensor, truth: Tensor) -> Tensor:
+    """Learned perceptual distance. Source: Zhang et al. 2018, arXiv:1801.03924."""
+    pair = []
+    for clip in (frames, truth):
+        pictures = to_uint8(clip).transpose(1, 2).flatten(0, 1)  # [B*M,C,H,W]
+        large = resize(pictures.expand(-1, 3, -1, -1), (LPIPS_SIZE, LPIPS_SIZE))
+        pair.append(to_float(large))
+    return network(*pair).view(len(frames), -1).mean(1)
 
-    The steps from and to the nearest observed frames count, too: a clip that jumps there has an error.
+
+def temporal_error(middle: Tensor, truth: Tensor) -> Tensor:
+    """Mean absolute error of the differences between neighbouring frames.
+
+    The nearest observed frames are neighbours, so a jump there is an error.
     """
-
-    def changes(frames: Tensor) -> Tensor:
-        return as_double(to_uint8(join_clip(start_context[:, :, -1:], frames, end_context[:, :, :1]))).diff(dim=2)
-
-    return (changes(middle) - changes(truth)).abs().mean(dim=(1, 2, 3, 4)) / 255
+    # Of a difference the error is the difference of errors; observed frames have none.
+    error = F.pad(levels(middle) - levels(truth), (0, 0, 0, 0, 1, 1))
+    return error.diff(dim=2).abs().mean((1, 2, 3, 4)) / 255
 
 
-def static_error(middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> Tensor:
-    """Mean absolute error where nothing moves in the true clip, observed frames included: [B] in units of the range.
+def static_error(middle: Tensor, truth: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Mean absolute error where nothing moves in the true clip, ends included.
 
-    A pixel is still if each of its colours changes by less than STILL_LEVELS; 0 for a clip without still pixels.
+    A pixel is still if each of its colours changes by less than STILL_LEVELS;
+    a clip without still pixels has no error.
     """
-    whole = as_double(to_uint8(join_clip(start_context, truth, end_context)))  # [B,C,T,H,W]
+    whole = levels(join_clip(start, truth, end))  # [B,C,T,H,W]
     still = (whole.amax(2) - whole.amin(2)).amax(1) < STILL_LEVELS  # [B,H,W]
-    error = (as_double(to_uint8(middle)) - as_double(to_uint8(truth))).abs().mean((1, 2))  # [B,H,W]
+    error = (levels(middle) - levels(truth)).abs().mean((1, 2))  # [B,H,W]
     return (error * still).sum((1, 2)) / still.sum((1, 2)).clamp(min=1) / 255
 
 
 def sharpness(middle: Tensor, truth: Tensor) -> Tensor:
-    """Energy of the differences between neighbouring pixels over that of the true frames, [B].
+    """Energy of the differences between neighbouring pixels, over the truth's.
 
-    1 is as sharp as the truth, less is blurred, more is speckled or too sharp.
+    1 is as sharp as the truth, less is blurred, more is speckled.
     """
-    frames = torch.stack([as_double(to_uint8(clip)) for clip in (middle, truth)])  # [2,B,C,M,H,W]
-    energy = sum(frames.diff(dim=axis).square().sum((2, 3, 4, 5)) for axis in (-2, -1)).clamp(min=1)  # [2,B]
-    return energy[0] / energy[1]
+    frames = torch.stack([levels(middle), levels(truth)])  # [2,B,C,M,H,W]
+    energy = frames.diff(dim=-2).square().sum((2, 3, 4, 5))
+    energy = energy + frames.diff(dim=-1).square().sum((2, 3, 4, 5))
+    generated, true = energy.clamp(min=1)  # [B]; flat frames have none
+    return generated / true
 
 
 def diversity(samples: Tensor) -> float:
-    """Mean absolute difference between pairs of samples [N,C,M,H,W] in [-1, 1], in units of the range; 0 for one."""
+    """Mean absolute difference between pairs of samples [N,C,M,H,W] of a clip."""
     n = len(samples)
-    # of sorted values, the sum over all pairs counts the i-th (2i - n + 1) times
-    ordered = (as_double(to_uint8(samples)) / 255).sort(dim=0).values
+    # Over all pairs of sorted values, the i-th counts 2i - n + 1 times.
+    ordered = (levels(samples) / 255).sort(dim=0).values
     weight = 2 * torch.arange(n).to(ordered) - n + 1
-    return ((ordered * weight.view(-1, 1, 1, 1, 1)).sum(0).mean() / max(1, n * (n - 1) / 2)).item()
-
-
-def lpips(network: nn.Module, frames: Tensor, truth: Tensor) -> Tensor:
-    """Learned perceptual distance of clips [B,C,T,H,W] in [-1, 1], [B]. Source: Zhang et al. 2018, arXiv:1801.03924."""
-    pair = []
-    for clip in (frames, truth):
-        pictures = to_uint8(clip).transpose(1, 2).flatten(0, 1).expand(-1, 3, -1, -1)  # [B*T,3,H,W]
-        pair.append(to_float(resize(pictures, (LPIPS_SIZE, LPIPS_SIZE))))
-    return network(*pair).view(len(frames), -1).mean(1)
+    total = (ordered * weight.view(-1, 1, 1, 1, 1)).sum(0).mean()
+    return (total / max(1, n * (n - 1) / 2)).item()
 
 
 class Scorer:
-    """Scores clips by those of METRICS asked for, as a protocol has them."""
+    """All scores of clips, without SSIM or LPIPS where `missing` names them.
 
-    def __init__(self, metrics: Sequence[str], protocol: Protocol, device: torch.device):
-        self.metrics = set(metrics)
-        self.protocol = protocol
-        if "lpips" in self.metrics:
+    `like_mcvd`: PSNR (clip) is taken before rounding, and SSIM on luma.
+    """
+
+    def __init__(self, device: torch.device, like_mcvd: bool, missing: Container[str]):
+        self.like_mcvd = like_mcvd
+        self.has_ssim = "ssim" not in missing
+        self.lpips_network = None
+        if "lpips" not in missing:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-            self.lpips_network = LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device)
+            metric = LearnedPerceptualImagePatchSimilarity(net_type="alex")
+            self.lpips_network = metric.net.to(device)
 
     @torch.no_grad()
-    def __call__(self, middle: Tensor, truth: Tensor, start_context: Tensor, end_context: Tensor) -> list[dict]:
-        """Per clip: psnr, psnr_clip, psnr_frames (a list), ssim, lpips, temporal_l1, static_l1, sharpness.
-
-        Frames are [B,C,.,H,W] in [-1, 1]. Where the protocol has it, psnr_middle and ssim_middle: of frame M // 2.
-        """
-        columns: dict[str, Tensor] = {}
-        halfway, luma = middle.shape[2] // 2, self.protocol.like_mcvd
-        if "psnr" in self.metrics:
-            frames = frame_psnr(middle, truth)
-            seen = middle.clamp(-1, 1) if self.protocol.like_mcvd else to_float(to_uint8(middle))
-            columns |= {"psnr": frames.mean(1), "psnr_clip": clip_psnr(seen, truth), "psnr_frames": frames}
-            columns |= {"psnr_middle": frames[:, halfway]} if self.protocol.middle_frame else {}
-        if "ssim" in self.metrics:
-            columns["ssim"] = ssim(middle, truth, luma)
-            if self.protocol.middle_frame:
-                columns["ssim_middle"] = ssim(*(clip[:, :, halfway, None] for clip in (middle, truth)), luma)
-        if "lpips" in self.metrics:
+    def __call__(self, middle: Tensor, truth: Tensor, start: Tensor, end: Tensor) -> list[dict]:
+        """Per clip, its scores by name; psnr_frames is a list of M."""
+        frames = frame_psnr(middle, truth)  # [B,M]
+        seen = middle.clamp(-1, 1) if self.like_mcvd else to_float(to_uint8(middle))
+        columns = {
+            "psnr": frames.mean(1),
+            "psnr_clip": clip_psnr(seen, truth),
+            "psnr_frames": frames,
+        }
+        if self.has_ssim:
+            columns["ssim"] = ssim(middle, truth, gray=self.like_mcvd)
+        if self.lpips_network is not None:
             columns["lpips"] = lpips(self.lpips_network, middle, truth)
-        if "temporal" in self.metrics:
-            columns["temporal_l1"] = temporal_error(middle, truth, start_context, end_context)
-        if "static" in self.metrics:
-            columns["static_l1"] = static_error(middle, truth, start_context, end_context)
-        if "sharpness" in self.metrics:
-            columns["sharpness"] = sharpness(middle, truth)
-        return [{name: values[i].tolist() for name, values in columns.items()} for i in range(len(middle))]
+        columns["temporal_l1"] = temporal_error(middle, truth)
+        columns["static_l1"] = static_error(middle, truth, start, end)
+        columns["sharpness"] = sharpness(middle, truth)
+        rows = range(len(middle))
+        return [{name: x[i].tolist() for name, x in columns.items()} for i in rows]

@@ -1,93 +1,78 @@
-"""Scores per clip as they come, kept on disk so that a stopped evaluation goes on, and what they say together."""
+"""Scores per clip on disk, so that a stopped evaluation goes on, and their statistics."""
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from evaluation.fvd import feature_distance
-from evaluation.metrics import HIGHER_IS_BETTER
-from utils.distributed import is_main
 from utils.io import atomic_write
 
-# Numbers that a single sample of a clip has; of the last, which is best at 1, there is no best sample.
-SCORES = ("psnr", "psnr_clip", "psnr_middle", "ssim", "ssim_middle", "lpips")
-SCORES += ("temporal_l1", "static_l1", "sharpness")
-RESAMPLES = 2000  # of the bootstrap; the ends of an interval then vary by a few percent of its width
+RESAMPLES = 2000  # the ends of an interval vary by a few percent of its width
 CONFIDENCE = 0.95
+# Which of several samples is the best; sharpness is best at 1 and has none.
+BEST = {
+    "psnr": np.max,
+    "psnr_clip": np.max,
+    "ssim": np.max,
+    "lpips": np.min,
+    "temporal_l1": np.min,
+    "static_l1": np.min,
+}
+Line = dict[str, Any]
 
 
 class PerClipResults:
-    """The file per_clip.jsonl: a line of settings, then a line per clip, and features/ with what FVD needs.
+    """The file per_clip.jsonl: a line of settings, then one of scores per clip.
 
-    Lines are written a batch at a time, and a batch of which any line is missing is evaluated again: whatever moment a
-    run was stopped at, with the same batch size the scores become those of an undisturbed run, bit for bit. Lines of
-    clips that are not asked for now are kept.
+    Args:
+        settings: all that changes a score.
+        overwrite: discard what is there.
 
-    `settings` are all that changes a score: results of others are refused, unless to `overwrite`. `clips` says what
-    identifies each clip (name, sha256, first frame): a line of another clip is not used.
+    Raises: ValueError: if results of other settings are there.
     """
 
-    def __init__(self, out_dir: Path, settings: dict[str, Any], clips: Sequence[dict[str, Any]], overwrite: bool):
-        self.path = out_dir / "per_clip.jsonl"
-        self.features = out_dir / "features"
-        self.settings = json.loads(json.dumps(settings))
-        self.clips = list(clips)
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            head, *lines = (read_lines(self.path) if not overwrite else []) or [{"settings": self.settings}]
-            before = head.get("settings", {})
-            for name in self.settings | before:
-                was, now = before.get(name), self.settings.get(name)
-                if was != now:
-                    there = f"--out_dir {out_dir} holds an evaluation with {name} = {was} (now {now})"
-                    raise ValueError(f"{there}; choose another folder or pass --overwrite")
-            self.stored = {line["clip"]: line for line in lines}
-            if is_main():  # others only read
-                self.tidy()
-        except OSError as error:
-            raise ValueError(f"--out_dir {out_dir}: cannot be used ({error.strerror})") from error
+    def __init__(self, folder: Path, settings: Line, overwrite: bool):
+        self.path = folder / "per_clip.jsonl"
+        # As they come back from a file: tuples become lists.
+        settings = json.loads(json.dumps(settings))
+        stored = [] if overwrite else read_lines(self.path)
+        self.settings = settings
+        before = stored[0]["settings"] if stored else settings
+        for name, value in settings.items():
+            if before.get(name) != value:
+                there = f"results of {name} = {before.get(name)} (now {value})"
+                raise ValueError(f"--out_dir {folder} holds {there}; pass --overwrite")
+        self.lines = {line["clip"]: line for line in stored[1:]}
+        self.tidy()
 
     def tidy(self) -> None:
-        """Write the file anew, in order and each clip once, without what was cut short."""
-        lines = [{"settings": self.settings}, *(self.stored[number] for number in sorted(self.stored))]
+        """Write the file again: clips in order, each once, no line cut short."""
+        clips = [self.lines[number] for number in sorted(self.lines)]
         with atomic_write(self.path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            file.write(as_jsonl([{"settings": self.settings}, *clips]))
 
-    def lines_with(self, key: str, numbers: Iterable[int]) -> list[dict[str, Any]]:
-        """The lines with `key` for these very clips, in order."""
-        found = [self.stored[number] for number in numbers if key in self.stored.get(number, {})]
-        return [line for line in found if line["source"] == self.clips[line["clip"]]]
+    def add(self, lines: Sequence[Line]) -> None:
+        """Append the lines of a batch."""
+        with self.path.open("ab") as file:
+            file.write(as_jsonl(lines))
+        self.lines.update((line["clip"], line) for line in lines)
 
-    def has(self, numbers: Sequence[int]) -> bool:
-        """Whether all of these clips are scored; one that could not be read is worth another try."""
-        return len(self.lines_with("methods", numbers)) == len(numbers)
-
-    def add(self, lines: Sequence[dict[str, Any]], features: dict[int, dict[str, np.ndarray]]) -> None:
-        """Write a batch: its FVD features first, by clip and method, then its lines in one go."""
-        for number, arrays in features.items():
-            self.features.mkdir(exist_ok=True)
-            np.savez(self.features / f"{number:05d}.npz", **arrays)
-        lines = [line | {"source": self.clips[line["clip"]]} for line in lines]
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self.stored |= {line["clip"]: line for line in lines}
-
-    def scored(self) -> list[dict[str, Any]]:
-        """The lines of all clips that are asked for and could be read, in order."""
-        return self.lines_with("methods", range(len(self.clips)))
-
-    def failures(self) -> list[str]:
-        """Clips that could not be read, with the reason."""
-        lines = self.lines_with("failure", range(len(self.clips)))
-        return [f"{line['source']['name']} ({line['failure']})" for line in lines]
+    def scored(self, sources: Sequence[Line]) -> list[Line]:
+        """The lines of these very clips, as far as they are there, in order."""
+        lines = [self.lines.get(number) for number in range(len(sources))]
+        return [x for x in lines if x and x["source"] == sources[x["clip"]]]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file, up to the first that was cut short; none if there is no file."""
+def as_jsonl(lines: Sequence[Line]) -> bytes:
+    """A line of JSON for each."""
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of a JSONL file, if any, up to the first that was cut short."""
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -97,112 +82,86 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class Estimate(NamedTuple):
-    """A mean over clips and its 95 % bootstrap interval, whose ends are NaN where there is none."""
+def estimate(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean over clips and its bootstrap interval, of the same resamples always.
 
-    mean: float
-    low: float
-    high: float
-
-    def show(self, decimals: int, sign: str = "") -> str:
-        """The mean, with its interval if it has one; "+" as the sign shows it always."""
-        mean, low, high = (f"{number:{sign}.{decimals}f}" for number in self)
-        return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and percentile-bootstrap interval over clips, always from the same resamples.
-
-    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, 13.3.
     """
     values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return Estimate(float(values.mean()), float("nan"), float("nan"))
+    n = len(values)
+    if n < 2:
+        return {"mean": float(values.mean()), "low": None, "high": None}
     rng = np.random.default_rng(0)
-    blocks = [values[rng.integers(len(values), size=(50, len(values)))].mean(axis=1) for _ in range(RESAMPLES // 50)]
+    means = []
+    # In blocks, which bound the memory.
+    for _ in range(RESAMPLES // 50):
+        chosen = rng.integers(n, size=(50, n))
+        means.append(values[chosen].mean(axis=1))
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(np.concatenate(blocks), [tail, 100 - tail])
-    return Estimate(float(values.mean()), float(low), float(high))
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
-class Row(NamedTuple):
-    """One line of the table."""
-
-    method: str
-    kind: str  # "mean" over samples, "mean image" of them, or "best" of them per clip and score
-    count: int  # of samples that it is about
-    scores: dict[str, Estimate]
-    versus_first: dict[str, Estimate]  # of the mean: differences from the first row, paired over the clips; else {}
-    nfe: int  # network forwards per sample
-    seconds: float  # per sample, the median over clips
-
-    @property
-    def samples(self) -> str:
-        """Which samples count, in words."""
-        return "1" if self.count == 1 else f"{self.kind} of {self.count}"
-
-    def as_json(self) -> dict[str, Any]:
-        """The row as plain types; an interval that does not exist is null."""
-        groups = {"scores": self.scores, "versus_first": self.versus_first}
-        for name, group in groups.items():
-            ends = {score: value._asdict().items() for score, value in group.items()}
-            groups[name] = {score: {k: None if math.isnan(x) else x for k, x in pairs} for score, pairs in ends.items()}
-        return self._asdict() | {"samples": self.samples, **groups}
-
-
-def summarise(lines: Sequence[dict[str, Any]], method: str, first: str, features: Path | None) -> list[Row]:
+def summarise(lines: Sequence[Line], method: str, first: str) -> list[Line]:
     """The rows of one method.
 
-    A single sample has one row. Of N there are the mean over all samples, the score of their mean image, and the best
-    of 10 and of N per clip and metric, which flatters a method the more the larger N is, so it never stands alone.
-    `first` is the method of the first row, `features` the folder of FVD features, None = no FVD.
+    A single sample has one. N have the mean of their scores, the scores of
+    their mean image, and the best of 10 and of N for each clip and score.
+
+    Args:
+        first: the method of the first row. The mean has the differences from
+            it, paired by clip, each clip's mean over its samples.
     """
-    found = [line["methods"][method] for line in lines]
-    cost = {"nfe": found[0]["nfe"], "seconds": float(np.median([entry["seconds"] for entry in found]))}
-    table, reference = score_table(lines, method), score_table(lines, first)
-    n = len(found[0]["samples"])
-    mean = {name: estimate(values.mean(axis=1)) for name, values in table.items()}
-    differences = {name: values.mean(axis=1) - reference[name].mean(axis=1) for name, values in table.items()}
-    versus_first = {name: estimate(values) for name, values in differences.items()} if method != first else {}
-    if n > 1 and "diversity" in found[0]:
-        mean["diversity"] = estimate([entry["diversity"] for entry in found])
-    if features is not None:
-        distance = video_distance(features, [line["clip"] for line in lines], method)
-        mean["fvd"] = Estimate(distance, float("nan"), float("nan"))
-    rows = [Row(method, "mean", n, mean, versus_first, **cost)]
-    if n > 1:
-        image = {name: estimate([entry["mean_image"][name] for entry in found]) for name in table}
-        rows.append(Row(method, "mean image", n, image, {}, **cost))
-        for count in sorted({min(10, n), n}):
-            best = {}
-            for name, values in table.items():
-                if name == SCORES[-1]:
-                    continue
-                choose = np.max if name in HIGHER_IS_BETTER else np.min
-                best[name] = estimate(choose(values[:, :count], axis=1))
-            rows.append(Row(method, "best", count, best, {}, **cost))
+    entries = [line["methods"][method] for line in lines]
+    table = score_table(lines, method)
+    n = len(entries[0]["samples"])
+
+    def row(kind: str, count: int, scores: Mapping[str, Sequence[float]]) -> Line:
+        return {
+            "method": method,
+            "kind": kind,
+            "count": count,
+            "scores": {name: estimate(values) for name, values in scores.items()},
+            "versus_first": {},
+            "nfe": entries[0]["nfe"],
+            "seconds": float(np.median([entry["seconds"] for entry in entries])),
+        }
+
+    means = {name: values.mean(axis=1) for name, values in table.items()}
+    mean = row("mean", n, means)
+    if method != first:
+        for name, values in score_table(lines, first).items():
+            mean["versus_first"][name] = estimate(means[name] - values.mean(axis=1))
+    if "features" in entries[0] and len(lines) > 1:
+        mean["scores"]["fvd"] = {"mean": video_distance(lines, method), "low": None, "high": None}
+    if n == 1:
+        return [mean]
+
+    mean["scores"]["diversity"] = estimate([entry["diversity"] for entry in entries])
+    images = [entry["mean_image"] for entry in entries]
+    rows = [mean, row("mean image", n, {name: [x[name] for x in images] for name in table})]
+    for count in sorted({min(10, n), n}):
+        best = {k: BEST[k](table[k][:, :count], axis=1) for k in table if k in BEST}
+        rows.append(row("best", count, best))
     return rows
 
 
-def score_table(lines: Sequence[dict[str, Any]], method: str) -> dict[str, np.ndarray]:
+def score_table(lines: Sequence[Line], method: str) -> dict[str, np.ndarray]:
     """The scores of every clip and sample, [clips,N] by name."""
-    samples = [line["methods"][method]["samples"] for line in lines]
-    names = [name for name in SCORES if name in samples[0][0]]
-    return {name: np.array([[sample[name] for sample in row] for row in samples]) for name in names}
+    clips = [line["methods"][method]["samples"] for line in lines]
+    names = [name for name in clips[0][0] if name != "psnr_frames"]
+    return {name: np.array([[x[name] for x in samples] for samples in clips]) for name in names}
 
 
-def video_distance(features: Path, clips: Sequence[int], method: str) -> float:
-    """FVD of whole clips: the mean over samples of each sample's distance from the truth, as MCVD averages."""
-    truth, generated = [], []
-    for clip in clips:
-        with np.load(features / f"{clip:05d}.npz") as arrays:
-            truth.append(arrays["truth"])
-            generated.append(arrays[method])  # [N,D]
-    per_sample = np.stack(generated, axis=1)  # [N,clips,D]
-    return float(np.mean([feature_distance(sample, np.stack(truth)) for sample in per_sample]))
+def video_distance(lines: Sequence[Line], method: str) -> float:
+    """FVD: the mean over samples of each one's distance, as MCVD averages."""
+    truth = np.array([line["features"] for line in lines])  # [clips,D]
+    generated = np.array([line["methods"][method]["features"] for line in lines])
+    samples = generated.swapaxes(0, 1)  # [N,clips,D]
+    return float(np.mean([feature_distance(sample, truth) for sample in samples]))
 
 
-def error_by_position(lines: Sequence[dict[str, Any]], method: str) -> list[float]:
+def error_by_position(lines: Sequence[Line], method: str) -> list[float]:
     """Mean PSNR in dB of each middle frame, in time order."""
-    frames = [sample["psnr_frames"] for line in lines for sample in line["methods"][method]["samples"]]
-    return np.mean(frames, axis=0).tolist()
+    samples = [x for line in lines for x in line["methods"][method]["samples"]]
+    return np.mean([x["psnr_frames"] for x in samples], axis=0).tolist()

@@ -115,12 +115,6 @@ class VideoUNet3D(nn.Module):
         """Height and width must be multiples of this, as every level halves them."""
         return 2 ** len(self.down_levels)
 
-    @property
-    def blind_levels(self) -> list[int]:
-        """Levels whose norms have one channel per group, which removes the time embedding."""
-        norms = [level.blocks[0].norm2 for level in self.down_levels]
-        return [i for i, norm in enumerate(norms) if norm.num_groups == norm.num_channels]
-
     def forward(self, x_t: Tensor, t: Tensor, start_context: Tensor, end_context: Tensor) -> Tensor:
         """`encode_contexts`, then `denoise`: what training calls."""
         return self.denoise(x_t, t, self.encode_contexts(start_context, end_context))

@@ -1,4 +1,4 @@
-"""Shared makings: MP4 files whose pictures say their own frame number, and a tiny dataset and training run."""
+"""What tests share: MP4 files whose frames show their number, and tiny clips, networks and runs."""
 
 import os
 import signal
@@ -10,32 +10,64 @@ import torch
 
 from utils.io import save_mp4
 
-# Of tiny tensors threads only cost, and spin where tests run beside each other; here, and in every process started.
+# On tiny tensors threads cost more than they give, here and in every process that is started.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def words(text):
+    """The words of a command line without quotes."""
+    return text.split()
+
+
+NETWORK = "--size 16 --base_channels 12 --channel_mults 1 2 --res_blocks 1 --temporal_attn_levels 1"
+TINY_FLAGS = words(f"{NETWORK} --batch_size 2 --num_workers 0 --vis_steps 2 --lr 1e-3")
+
+
+# --- videos ---------------------------------------------------------------------------------------
+
+
 def numbered_frames(count, height=64, width=64):
-    """Frames [T,H,W,3] uint8: the stripes of frame i, left to right, are the bits of i; the bottom half is red."""
-    bits = np.arange(count)[:, None] >> np.arange(width) * 8 // width & 1  # [T,W]
-    frames = np.broadcast_to(bits[:, None, :, None] * np.uint8(255), (count, height, width, 3)).astype(np.uint8)
+    """Frames [T,H,W,3] uint8 whose eight stripes, left to right, are the bits of their number.
+
+    The bottom half is red.
+    """
+    stripes = np.arange(width) * 8 // width
+    bits = np.arange(count)[:, None] >> stripes & 1  # [T,W]
+    frames = np.zeros((count, height, width, 3), np.uint8)
+    frames[:] = bits[:, None, :, None] * 255
     frames[:, height // 2 :, :, 1:] //= 4
     return frames
 
 
 def number_of(frame):
     """The number that a decoded frame [3,H,W] shows."""
-    h, w = frame.shape[1:]
-    row = frame[:, : h // 4].float().mean((0, 1))  # [W]
-    return sum(int(row[int((bit + 0.5) * w / 8)] > 127) << bit for bit in range(8))
+    height, width = frame.shape[1:]
+    row = frame[:, : height // 4].float().mean((0, 1))  # [W]
+    bits = [row[int((bit + 0.5) * width / 8)] > 127 for bit in range(8)]
+    return sum(int(is_set) << bit for bit, is_set in enumerate(bits))
 
 
-def write_mp4(path, frames, *, codec="libx264", pix_fmt="yuv420p", rate=10, options=None, pts=None, container=None):
-    """Encode [T,H,W,3] with any settings of codec and container; `pts` gives each frame a time in units of 1 / rate."""
+def write_mp4(
+    path,
+    frames,
+    *,
+    codec="libx264",
+    pix_fmt="yuv420p",
+    rate=10,
+    options=None,
+    pts=None,
+    container=None,
+):
+    """Encode [T,H,W,3] with any options of codec and container.
+
+    `pts` gives each frame a time in units of 1 / rate.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="mp4", options=container or {}) as file:
         stream = file.add_stream(codec, rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
         stream.options = {"threads": "1", **(options or {})}
         for i, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -48,21 +80,24 @@ def write_mp4(path, frames, *, codec="libx264", pix_fmt="yuv420p", rate=10, opti
 
 @pytest.fixture
 def make_mp4(tmp_path):
-    """A function of (name, count, ...) that writes numbered frames below tmp_path / "videos" and returns the path."""
+    """A function (name, count, ...) that writes numbered frames below tmp_path / "videos"."""
 
     def make(name, count=12, height=64, width=64, **settings):
-        return write_mp4(tmp_path / "videos" / name, numbered_frames(count, height, width), **settings)
+        frames = numbered_frames(count, height, width)
+        return write_mp4(tmp_path / "videos" / name, frames, **settings)
 
     return make
 
 
 def moving_square(seed, frames=14, size=32):
-    """A clip to learn from, uint8 [3,T,H,W]: a bright square bouncing about on a tinted ground."""
+    """A clip uint8 [3,T,H,W]: a bright square that bounces about on a tinted ground."""
     rng = np.random.default_rng(seed)
     clip = np.empty((frames, size, size, 3), np.uint8)
     clip[:] = rng.integers(20, 120, 3)
-    side, room = size // 4, size - size // 4
-    place, speed = rng.uniform(0, room, 2), rng.uniform(0.06, 0.1, 2) * size * rng.choice([-1, 1], 2)
+    side = size // 4
+    room = size - side
+    place = rng.uniform(0, room, 2)
+    speed = rng.uniform(0.06, 0.1, 2) * size * rng.choice([-1, 1], 2)
     for frame in clip:
         y, x = np.abs((place + room) % (2 * room) - room).astype(int)
         frame[y : y + side, x : x + side] = (250, 200, 60)
@@ -70,24 +105,8 @@ def moving_square(seed, frames=14, size=32):
     return torch.from_numpy(clip).permute(3, 0, 1, 2)
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Leave out what costs much and few tests are about: flushing to a busy disk (nobody cuts the power), curves, and
-    most of what validation tries.
-
-    Modules that train a lot ask for it: pytestmark = pytest.mark.usefixtures("quick"). Fixtures of a wider scope are
-    set up before it, so the runs of those flush and draw.
-    """
-    import diffusion.loss
-    import utils.io
-
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(utils.io, "save_training_curves", lambda file, history: False)
-    monkeypatch.setattr(diffusion.loss, "VALIDATION_PAIRS", 8)
-
-
 def write_squares(folder, count=10, first=0, size=16):
-    """A folder of so many clips of moving squares, by their seeds from `first` on; returns it."""
+    """Write clips of moving squares, with seeds from `first` on; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         save_mp4(folder / f"{i:02d}.mp4", moving_square(first + i, size=size), fps=10)
@@ -96,58 +115,54 @@ def write_squares(folder, count=10, first=0, size=16):
 
 @pytest.fixture(scope="session")
 def square_videos(tmp_path_factory):
-    """A folder of 10 small clips, 14 frames of 32x32, not split by folders."""
+    """A folder of 10 clips, 14 frames of 32x32, not split by folders: 9 train, 1 is held out."""
     return write_squares(tmp_path_factory.mktemp("squares"), size=32)
 
 
-def words(text):
-    """The words of a command line without quotes."""
-    return text.split()
+# --- training -------------------------------------------------------------------------------------
 
 
-NETWORK = "--size 16 --base_channels 12 --channel_mults 1 2 --res_blocks 1 --temporal_attn_levels 1"
-TINY_FLAGS = words(f"{NETWORK} --batch_size 2 --num_workers 0 --vis_steps 2 --lr 1e-3")
+@pytest.fixture
+def quick(monkeypatch):
+    """Leave out of training what is slow and what few tests are about.
+
+    These are flushing to disk, the list of installed packages, curves, and most pairs of clip and
+    noise level of validation. Fixtures of a wider scope are set up before it, and leave out
+    nothing.
+    """
+    import diffusion.loss
+    import training.logger
+    import utils.io
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(training.logger, "describe_machine", lambda device: {})
+    monkeypatch.setattr(utils.io, "save_training_curves", lambda file, history: False)
+    monkeypatch.setattr(diffusion.loss, "VALIDATION_PAIRS", 8)
 
 
-def tiny_checkpoint(root, videos, *flags):
-    """A tiny checkpoint whose output layer is shaken awake, so that contexts and noise show in its samples."""
-    import train_video_ddpm
-    from utils.checkpoint import load_checkpoint, save_checkpoint
+def run(out_dir, flags="", *given, status=0, stop=None, stage=None, by=signal.SIGTERM):
+    """Train in this process and check the exit status; returns out_dir.
 
-    folders = ["--data_root", str(videos), "--out_dir", str(root / "run"), "--cache_dir", str(root / "cache")]
-    status = train_video_ddpm.main([*folders, *TINY_FLAGS, *words("--max_steps 2 --vis_every 0"), *flags])
-    assert status == 0
-    checkpoint = load_checkpoint(root / "run" / "last.pt")
-    generator = torch.Generator().manual_seed(0)
-    for weights in (checkpoint["model"], checkpoint["ema"]):
-        for name, value in weights.items():
-            weights[name] = value + 0.05 * torch.randn(value.shape, generator=generator)
-    save_checkpoint(root / "run" / "last.pt", checkpoint)
-    return root / "run" / "last.pt"
-
-
-@pytest.fixture(scope="session")
-def ckpt(tmp_path_factory, square_videos):
-    """A checkpoint trained on the square videos, 16x16."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), square_videos)
-
-
-def run(out_dir, flags="", *given, status=0, stop=None, by=signal.SIGTERM):
-    """Train in this process and check the exit status; a signal comes right after the step `stop`, as of a terminal."""
+    Args:
+        given: flags before `flags`, as a list.
+        stop: the step right after which the signal `by` comes.
+        stage: of which --train that is the step; None = of any.
+    """
     import train_video_ddpm
 
     step = train_video_ddpm.train_step
 
-    def step_then_signal(state, *rest):
-        step(state, *rest)
-        if state.step == stop:
+    def step_then_signal(state, objective, batches, args, amp_dtype):
+        step(state, objective, batches, args, amp_dtype)
+        if state.step == stop and stage in (None, args.train):
             signal.raise_signal(by)
 
-    given = ["--out_dir", out_dir, "--cache_dir", out_dir.parent / "cache", *given, *words(flags)]
+    folders = ["--out_dir", out_dir, "--cache_dir", out_dir.parent / "cache"]
+    command = [str(word) for word in [*folders, *given, *words(flags)]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_video_ddpm, "train_step", step_then_signal)
         try:
-            result = train_video_ddpm.main(list(map(str, given)))
+            result = train_video_ddpm.main(command)
         except SystemExit as left:
             result = left.code
     assert result == (128 + by if stop else status)
@@ -156,10 +171,34 @@ def run(out_dir, flags="", *given, status=0, stop=None, by=signal.SIGTERM):
 
 @pytest.fixture
 def train(square_videos, tmp_path):
-    """A function that trains a tiny run of that name on the square videos; without previews, unless the flags ask."""
+    """A function (name, flags, ...) that trains a tiny run in tmp_path / name, see `run`.
+
+    There are no previews unless the flags ask for them.
+    """
 
     def start(name, flags="", **how):
-        tiny = ["--data_root", square_videos, *TINY_FLAGS, "--vis_every", "0", *words(flags)]
-        return run(tmp_path / name, "", *tiny, **how)
+        given = ["--data_root", square_videos, *TINY_FLAGS, "--vis_every", "0"]
+        return run(tmp_path / name, flags, *given, **how)
 
     return start
+
+
+def tiny_checkpoint(root, videos, *flags):
+    """Train two steps, and shake all weights so that contexts and noise show in samples."""
+    from utils.checkpoint import load_checkpoint, save_checkpoint
+
+    given = ["--data_root", videos, *TINY_FLAGS, "--max_steps", "2", "--vis_every", "0"]
+    path = run(root / "run", "", *given, *flags) / "last.pt"
+    checkpoint = load_checkpoint(path)
+    generator = torch.Generator().manual_seed(0)
+    for weights in (checkpoint["model"], checkpoint["ema"]):
+        for name, value in weights.items():
+            weights[name] = value + 0.05 * torch.randn(value.shape, generator=generator)
+    save_checkpoint(path, checkpoint)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory, square_videos):
+    """A checkpoint trained on the square videos, 16x16."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), square_videos)

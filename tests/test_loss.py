@@ -1,20 +1,20 @@
-"""The training objective against its definition."""
+"""Both training objectives, the noise they draw and their clips, against their definitions."""
+
+import math
+from collections import Counter
 
 import pytest
 import torch
 
-from diffusion.loss import (
-    VALIDATION_PAIRS,
-    diffusion_loss,
-    drop_contexts,
-    sample_training_noise,
-    temporal_l1,
-    validation_sum,
-)
-from diffusion.noise import NoiseConfig, generator_for, sample_noise
+from data.training_clips import crop_to_length
+from diffusion import noise
+from diffusion.loss import DiffusionTask, diffusion_loss, diffusion_validation_losses
+from diffusion.loss import predictor_loss, sample_training_noise, velocity_loss
+from diffusion.noise import NoiseConfig, correlated, generator_for, sample_noise
 from diffusion.schedule import DiffusionSchedule
 
 SCHEDULE = DiffusionSchedule()
+PLAIN = DiffusionTask(SCHEDULE)
 
 
 def generator(seed):
@@ -22,175 +22,207 @@ def generator(seed):
 
 
 def batch(b=3, m=4):
-    """Start, middle and end of random clips [B,3,m+4,8,8]."""
-    return (torch.rand(b, 3, m + 4, 8, 8, generator=generator(0)) * 2 - 1).split([2, m, 2], dim=2)
-
-
-def noised(m=4):
-    """The arguments of `diffusion_loss` after the schedule: a batch with its t and eps."""
-    start, middle, end = batch(m=m)
-    t, eps, _ = sample_training_noise(middle, 1000, generator(1))
-    return start, middle, end, t, eps
+    """Start, middle and end of random clips [B,3,m+4,8,8] in [-1, 1]."""
+    clips = torch.rand(b, 3, m + 4, 8, 8, generator=generator(0)) * 2 - 1
+    return clips.split([2, m, 2], dim=2)
 
 
 class Recorder(torch.nn.Module):
-    """A fixed function of what each clip gives that remembers what it was called with."""
+    """A fixed function of each clip that remembers what it was called with."""
 
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def forward(self, x_t, t, start, end):
-        self.calls.append((x_t, t, start, end))
+    def forward(self, *given):
+        self.given = given
+        x_t, _, start, end = given
         return 0.3 * x_t + (start[:, :, :1] - 2 * end[:, :, :1]).mean((3, 4), keepdim=True)
 
 
-def test_the_network_is_asked_for_the_noisy_middle_at_its_t_between_its_ends():
-    (start, middle, end, t, eps), model = noised(), Recorder()
-    diffusion_loss(model, SCHEDULE, start, middle, end, t, eps)
-    ((x_t, *given),) = model.calls
-    assert torch.equal(x_t, SCHEDULE.add_noise(middle, eps, t)) and not torch.equal(start, end)
-    assert all(torch.equal(got, wanted) for got, wanted in zip(given, (t, start, end), strict=True))
+class Guess(torch.nn.Module):
+    """A predictor that is sure, and often wrong; it remembers its contexts."""
+
+    def forward(self, start, end, num_middle):
+        self.given = (start, end)
+        frames = 2 * (start[:, :, -1:] - end[:, :, :1]).expand(-1, -1, num_middle, -1, -1)
+        return frames, frames[:, :1] - 1
+
+    def residual(self, start, middle, end):
+        """(middle - prediction) / (2 expected errors), cut at 4."""
+        frames, log_error = self(start, end, middle.shape[2])
+        missed = (middle - frames.clamp(-1, 1)) / (2 * log_error.exp())
+        assert missed.abs().max() > 4
+        return missed.clamp(-4, 4)
 
 
-def test_the_true_velocity_has_no_loss():
-    _, middle, _, t, eps = parts = noised()
-    truth = lambda x_t, t, start, end: SCHEDULE.v_from(middle, eps, t)  # noqa: E731
-    assert diffusion_loss(truth, SCHEDULE, *parts).eq(0).all()
-    # x0 is recovered from v in float32: rounding of a few 1e-7
-    assert diffusion_loss(truth, SCHEDULE, *parts, temporal_loss_weight=1.0).max() < 1e-6
-
-
-def test_the_loss_is_v_mse_plus_the_weighted_temporal_term():
-    _, middle, _, t, eps = parts = noised()
-    zero = lambda x_t, t, start, end: torch.zeros_like(x_t)  # noqa: E731
-    losses = diffusion_loss(zero, SCHEDULE, *parts, temporal_loss_weight=0.05)
-    v = SCHEDULE.v_from(middle, eps, t)
-    x0_hat = SCHEDULE.x0_from_v(SCHEDULE.add_noise(middle, eps, t), torch.zeros_like(v), t)
+def test_the_loss_is_v_mse_plus_the_weighted_l1_of_frame_differences():
+    start, x0, end = batch()
+    _, eps, _ = batch(b=3)
+    t = torch.tensor([10, 500, 990])
+    losses = velocity_loss(Recorder(), SCHEDULE, start, x0, end, t, eps, 0.05)
+    x_t = SCHEDULE.add_noise(x0, eps, t)
+    v_hat = Recorder()(x_t, t, start, end)
+    v_error = v_hat - SCHEDULE.v_from(x0, eps, t)
+    x0_error = SCHEDULE.x0_from_v(x_t, v_hat, t) - x0
     for i in range(3):
-        made, true = x0_hat[i], middle[i]  # [C,M,H,W]
-        motion = (made[:, 1:] - made[:, :-1] - true[:, 1:] + true[:, :-1]).abs().mean()
-        torch.testing.assert_close(losses[i], v[i].pow(2).mean() + 0.05 * motion)
+        motion = (x0_error[i, :, 1:] - x0_error[i, :, :-1]).abs().mean()
+        torch.testing.assert_close(losses[i], v_error[i].square().mean() + 0.05 * motion)
 
 
-def test_a_single_middle_frame_has_no_temporal_term():
-    _, middle, *_ = parts = noised(m=1)
-    assert temporal_l1(torch.zeros_like(middle), middle).tolist() == [0, 0, 0]
-    assert diffusion_loss(Recorder(), SCHEDULE, *parts, 0.05).isfinite().all()
+def test_a_single_frame_has_no_temporal_term_and_half_precision_stays_in_the_network():
+    start, x0, end = batch(m=1)
+    given = (start, x0, end, torch.tensor([10, 500, 990]), x0)
+    plain, weighted = (
+        velocity_loss(lambda x_t, *_: x_t.bfloat16(), SCHEDULE, *given, weight)
+        for weight in (0.0, 0.05)
+    )
+    assert plain.dtype == torch.float32
+    assert plain.isfinite().all()
+    assert torch.equal(weighted, plain)
 
 
-def test_the_network_may_compute_in_half_precision():
-    half = lambda x_t, t, start, end: x_t.bfloat16()  # noqa: E731
-    assert diffusion_loss(half, SCHEDULE, *noised(), 0.05).dtype == torch.float32
+@pytest.mark.parametrize("predictor", [None, Guess()])
+def test_the_network_loses_dropped_contexts_and_the_predictor_keeps_them(predictor):
+    start, middle, end = batch(b=6)
+    task = DiffusionTask(SCHEDULE, NoiseConfig(0.1, 0.5), predictor, 0.05, cfg_drop_prob=0.5)
+    model = Recorder()
+    losses = diffusion_loss(model, start, middle, end, generator(1), task=task)
+    x_t, t, seen_start, seen_end = model.given
+    drawn = sample_training_noise(middle, generator(1), task)
+    x0 = middle
+    if predictor is not None:
+        assert torch.equal(predictor.given[0], start)
+        assert torch.equal(predictor.given[1], end)
+        x0 = predictor.residual(start, middle, end)
+    assert torch.equal(t, drawn.t)
+    torch.testing.assert_close(x_t, SCHEDULE.add_noise(x0, drawn.eps, t))
+    assert 0 < drawn.dropped.sum() < 6
+    for seen, context in ((seen_start, start), (seen_end, end)):
+        assert seen[drawn.dropped].eq(0).all()
+        assert torch.equal(seen[~drawn.dropped], context[~drawn.dropped])
+    given = (seen_start, x0, seen_end, t, drawn.eps)
+    torch.testing.assert_close(losses, velocity_loss(model, SCHEDULE, *given, 0.05))
 
 
-def test_clips_drop_their_contexts_at_the_asked_rate():
-    middle = torch.zeros(4000, 1, 1, 1, 1)
-    dropped = sample_training_noise(middle, 1000, generator(0), cfg_drop_prob=0.08).dropped
-    # binomial: standard deviation sqrt(0.08 * 0.92 / 4000) = 0.0043; three of them
-    assert dropped.float().mean().item() == pytest.approx(0.08, abs=0.013)
-    assert not sample_training_noise(middle, 1000, generator(0)).dropped.any()
+def test_the_expected_error_is_learned_as_the_width_of_a_laplace_distribution():
+    middle = batch()[1]
+    frames = (middle + 0.2).requires_grad_()
+    log_error = torch.zeros(3, 1, 4, 8, 8, requires_grad=True)
+    loss = predictor_loss(lambda *given: (frames, log_error), None, middle, None)
+    # |error| + 2 error^2 + 0.1 (|error| / width + log width + 7)
+    torch.testing.assert_close(loss, torch.full((3,), 0.2 + 2 * 0.04 + 0.1 * (0.2 + 7)))
+    loss.sum().backward()
+    # The likelihood pulls the expected error and leaves the frames to the other two terms.
+    of_frames = torch.full_like(frames, (1 + 4 * 0.2) / frames[0].numel())
+    torch.testing.assert_close(frames.grad, of_frames)
+    of_error = torch.full_like(log_error, 0.1 * (1 - 0.2) / log_error[0].numel())
+    torch.testing.assert_close(log_error.grad, of_error)
+    # The best is its logarithm; the loss of an exact prediction, known to be exact, is 0.
+    best = torch.full_like(log_error, math.log(0.2)).requires_grad_()
+    predictor_loss(lambda *given: (frames.detach(), best), None, middle, None).sum().backward()
+    assert best.grad.abs().max() < 1e-6
+    lowest = torch.full_like(log_error, -7.0)
+    assert predictor_loss(lambda *given: (middle, lowest), None, middle, None).eq(0).all()
 
 
-def test_a_dropped_clip_loses_both_its_ends_and_no_other_clip_any():
-    start, _, end = batch(b=4)
-    dropped = torch.tensor([True, False, True, False])
-    for whole, context in zip((start, end), drop_contexts(start, end, dropped), strict=True):
-        assert context[dropped].eq(0).all() and torch.equal(context[~dropped], whole[~dropped])
-
-
-def test_timesteps_cover_the_schedule_evenly():
-    t = sample_training_noise(torch.zeros(20000, 1, 1, 1, 1), 10, generator(0)).t
-    # 2,000 expected each, standard deviation 42; four of them
-    assert (torch.bincount(t, minlength=10) - 2000).abs().max() < 170
-
-
-def test_noise_offset_adds_one_constant_per_clip_and_channel():
-    middle = torch.zeros(3000, 2, 2, 4, 4)
-    plain = sample_training_noise(middle, 10, generator(0)).eps
-    shifted = sample_training_noise(middle, 10, generator(0), config=NoiseConfig(offset=0.5)).eps
-    offset = shifted - plain
-    torch.testing.assert_close(offset, offset[:, :, :1, :1, :1].expand_as(offset), rtol=0, atol=1e-5)
-    # 6,000 draws: standard error of the deviation 0.5 / sqrt(12000) = 0.0046
-    assert offset[:, :, 0, 0, 0].std().item() == pytest.approx(0.5, abs=0.015)
+def test_timesteps_and_dropped_clips_are_drawn_at_their_rates():
+    task = DiffusionTask(DiffusionSchedule(10), cfg_drop_prob=0.08)
+    drawn = sample_training_noise(torch.zeros(20000, 1, 1, 1, 1), generator(0), task)
+    # 2,000 expected of each index, standard deviation 42; four of them.
+    assert (torch.bincount(drawn.t, minlength=10) - 2000).abs().max() < 170
+    # Standard deviation sqrt(0.08 * 0.92 / 20000) = 0.0019; four of them.
+    assert drawn.dropped.float().mean().item() == pytest.approx(0.08, abs=0.008)
 
 
 def test_correlated_noise_has_the_covariance_that_it_claims():
-    r, count, where = 0.5, 4000, torch.device("cpu")
-    generators = [generator_for(0, clip) for clip in range(count)]
-    trained = sample_training_noise(torch.zeros(count, 3, 4, 6, 5), 10, generator(0), config=NoiseConfig(correlation=r))
-    for eps in (sample_noise((3, 4, 6, 5), generators, where, NoiseConfig(correlation=r)), trained.eps):
-        c, m, h, w = torch.meshgrid(*map(torch.arange, (3, 4, 6, 5)), indexing="ij")
-        apart = sum((i.flatten()[:, None] - i.flatten()).abs() for i in (m, h, w)) + (
-            c.flatten()[:, None] != c.flatten()
-        )
-        expected = r**apart  # neighbours of one axis r, n apart r to the n-th; two colours r
-        covariance = eps.flatten(1).T @ eps.flatten(1) / count
-        # a covariance of n draws has a standard error of at most sqrt(2 / n) = 0.022; of 130,000 numbers the largest
-        # is within 5.5 of them, their mean within a hundredth
-        assert (covariance - expected).abs().max() < 0.13 and (covariance - expected).mean().abs() < 0.01
+    places = torch.meshgrid(*map(torch.arange, (3, 4, 6, 5)), indexing="ij")
+    c, m, h, w = ((index.flatten()[:, None] - index.flatten()).abs() for index in places)
+    # Values n apart along an axis share the n-th power; any two colours share the first.
+    expected = 0.5 ** (m + h + w + c.clamp(max=1))
+    # Noise is a matrix times white noise: unit vectors give the matrix.
+    matrix = correlated(torch.eye(360).view(360, 3, 4, 6, 5), 0.5).flatten(1)
+    torch.testing.assert_close(matrix.T @ matrix, expected, rtol=0, atol=1e-5)
 
 
-def test_noise_without_correlation_is_what_it_was():
-    plain = sample_noise((3, 2, 4, 4), [generator(0)], "cpu")
-    assert torch.equal(plain[0], torch.randn(3, 2, 4, 4, generator=generator(0)))
+def test_training_and_sampling_draw_correlated_noise_and_a_constant_per_clip_and_channel():
+    config = NoiseConfig(offset=0.5, correlation=0.5)
+    stream = generator(0)
+    white = torch.randn(2, 3, 2, 4, 4, generator=stream)
+    drawn = sample_noise((3, 2, 4, 4), [generator(0)], "cpu", config)
+    stream = generator(0)
+    white = torch.randn(1, 3, 2, 4, 4, generator=stream)
+    constant = torch.randn(1, 3, 1, 1, 1, generator=stream)
+    assert torch.equal(drawn, correlated(white, 0.5) + 0.5 * constant)
+    # Training draws t before, and between the two which clips are dropped.
+    stream = generator(0)
+    torch.randint(1000, (2,), generator=stream)
+    white = torch.randn(2, 3, 2, 4, 4, generator=stream)
+    torch.rand(2, generator=stream)
+    constant = torch.randn(2, 3, 1, 1, 1, generator=stream)
+    task = PLAIN._replace(noise=config)
+    drawn = sample_training_noise(torch.zeros(2, 3, 2, 4, 4), generator(0), task).eps
+    assert torch.equal(drawn, correlated(white, 0.5) + 0.5 * constant)
+
+
+def test_autocast_does_not_round_correlated_noise():
+    config = NoiseConfig(correlation=0.5)
+    exact = sample_noise((3, 4, 6, 5), [generator(0)], "cpu", config)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample_noise((3, 4, 6, 5), [generator(0)], "cpu", config), exact)
 
 
 def test_keyed_generators_repeat_and_differ_by_key():
-    draw = lambda *key: torch.randn(4, generator=generator_for(*key)).tolist()  # noqa: E731
+    def draw(*key):
+        return tuple(torch.randn(4, generator=generator_for(*key)).tolist())
+
     assert draw(42, 1, 7) == draw(42, 1, 7)
-    assert len({tuple(draw(*key)) for key in [(42, 1, 7), (42, 7, 1), (421, 7), (42, 17), (43, 1, 7)]}) == 5
-
-
-def validate(clips, batch_size, seed=0, model=None):
-    parts = (tuple(part[i : i + batch_size] for part in clips) for i in range(0, len(clips[1]), batch_size))
-    total, pairs = validation_sum(model or Recorder(), SCHEDULE, parts, len(clips[1]), seed, temporal_loss_weight=0.05)
-    return total / pairs
-
-
-@pytest.mark.parametrize("count", [3, 10])
-def test_validation_is_a_function_of_the_weights_alone(count):
-    clips = batch(b=count)
-    # summed in another order: float32 rounding of the clips' losses
-    assert validate(clips, 1) == pytest.approx(validate(clips, 4), rel=1e-5)
-    assert validate(clips, 4) == validate(clips, 4)
-    assert validate(clips, 4) != validate(clips, 4, seed=1)
-
-
-@pytest.mark.parametrize("count", [1, 3, 100])
-def test_validation_spreads_t_evenly_over_the_schedule(count):
-    model = Recorder()
-    validate(batch(b=count), 7, model=model)
-    asked = [int(t) for _, batch_t, _, _ in model.calls for t in batch_t]
-    pairs = len(asked)
-    assert pairs >= VALIDATION_PAIRS and pairs % count == 0
-    expected = (torch.arange(pairs) + 0.5) / pairs * 1000
-    assert sorted(asked) == expected.int().tolist()
-
-
-def test_validation_is_the_mean_over_all_clips():
-    clips, total = batch(b=70), 0.0  # one t each
-    for i in range(70):
-        t = torch.tensor([int((i + 0.5) / 70 * 1000)])
-        eps = torch.randn(3, 4, 8, 8, generator=generator_for(0, 2, i))[None]
-        total += diffusion_loss(Recorder(), SCHEDULE, *(p[i : i + 1] for p in clips), t, eps, 0.05).item()
-    assert validate(clips, 16) == pytest.approx(total / 70, rel=1e-5)
-
-
-def test_the_sums_of_stretches_of_a_split_add_up_to_its_own():
-    clips = batch(b=10)
-    whole = validation_sum(Recorder(), SCHEDULE, [clips], 10, seed=3)
-    stretches = [
-        validation_sum(Recorder(), SCHEDULE, [tuple(part[i:j] for part in clips)] if j > i else [], 10, 3, first=i)
-        for i, j in ((0, 3), (3, 3), (3, 10))
-    ]
-    total, pairs = map(sum, zip(*stretches, strict=True))
-    assert total == pytest.approx(whole[0], rel=1e-5) and pairs == whole[1] == 70
+    keys = [(42, 1, 7), (42, 7, 1), (421, 7), (42, 17), (43, 1, 7)]
+    assert len({draw(*key) for key in keys}) == 5
+    purposes = "INIT TRAIN VALIDATION PREVIEW SAMPLE LENGTH".split()
+    assert len({getattr(noise, purpose) for purpose in purposes}) == 6
 
 
 def test_several_processes_draw_what_one_would():
     middle = torch.zeros(6, 3, 2, 4, 4)
-    draw = lambda x, **part: sample_training_noise(x, 1000, generator(5), 0.5, NoiseConfig(0.1, 0.5), **part)  # noqa: E731
-    parts = [draw(middle[:2], part=(i, 3)) for i in range(3)]
-    for whole, *pieces in zip(draw(middle), *parts, strict=True):
-        assert torch.equal(whole, torch.cat(pieces))
+    task = DiffusionTask(SCHEDULE, noise=NoiseConfig(0.1, 0.5), cfg_drop_prob=0.5)
+    whole = sample_training_noise(middle, generator(5), task)
+    tasks = [task._replace(part=(i, 3)) for i in range(3)]
+    parts = [sample_training_noise(middle[:2], generator(5), task) for task in tasks]
+    for together, *pieces in zip(whole, *parts, strict=True):
+        assert torch.equal(together, torch.cat(pieces))
+
+
+@pytest.mark.parametrize(("count", "draws"), [(1, 64), (3, 22), (70, 1)])
+def test_validation_gives_each_pair_of_clip_and_draw_its_own_noise_level_and_noise(count, draws):
+    clips = batch(b=count)
+    config = NoiseConfig(offset=0.1, correlation=0.5)
+    guess = Guess()
+    task = DiffusionTask(SCHEDULE, config, guess, 0.05, cfg_drop_prob=1.0)
+    for first in range(0, count, 32):
+        numbers = range(first, min(first + 32, count))
+        start, middle, end = (part[first : numbers.stop] for part in clips)
+        x0 = guess.residual(start, middle, end)
+        pairs = [draw * count + clip for draw in range(draws) for clip in numbers]
+        t = torch.tensor([int((pair + 0.5) / (draws * count) * 1000) for pair in pairs])
+        generators = [generator_for(5, noise.VALIDATION, pair) for pair in pairs]
+        eps = sample_noise(middle.shape[1:], generators, "cpu", config)
+        # No context is dropped, whatever training does.
+        start, x0, end = (part.repeat(draws, 1, 1, 1, 1) for part in (start, x0, end))
+        expected = velocity_loss(Recorder(), SCHEDULE, start, x0, end, t, eps, 0.05)
+        parts = [part[first : numbers.stop] for part in clips]
+        settings = {"task": task, "total_clips": count, "seed": 5}
+        losses = diffusion_validation_losses(Recorder(), *parts, numbers, **settings)
+        torch.testing.assert_close(losses, expected)
+
+
+def test_a_batch_is_cut_to_a_length_and_a_place_drawn_evenly():
+    clips = torch.arange(9.0).view(1, 1, 9, 1, 1).expand(2, 3, 9, 4, 4)  # frame i shows i
+    drawn = Counter()
+    for i in range(1200):
+        shown = crop_to_length(clips, (6, 9), generator_for(i))[1, 2, :, 3, 3].tolist()
+        first = int(shown[0])
+        assert shown == list(range(first, first + len(shown)))
+        drawn[len(shown), first] += 1
+    # 300 expected of each length, shared by its places; four standard deviations of 15 at most.
+    for length in range(6, 10):
+        for first in range(10 - length):
+            assert abs(drawn[length, first] - 300 / (10 - length)) < 60
+    assert drawn.total() == 1200
+    assert crop_to_length(clips, (9, 9), None) is clips

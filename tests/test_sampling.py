@@ -1,36 +1,43 @@
-"""Sampling as a user runs it: images in, exact observed frames out, nothing overwritten."""
+"""Sampling as a user runs it: observed frames stay exact, noise is keyed, wrong input is a line."""
 
+import itertools
 import json
-import shutil
-import sys
 
+import hostile
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_checkpoint
+from test_gap_filler import decoded, packets, with_sound
 
-import evaluate_video_ddpm
+import sample_video_ddpm
+from data.video_index import prepare_videos
 from data.video_reader import probe_video
-from diffusion.pipeline import SAMPLER_PRESETS, forwards_per_clip, settings_grid
-from sample_video_ddpm import build_parser, main
+from diffusion.noise import SAMPLE, generator_for
+from diffusion.pipeline import MiddleFramePipeline
+from models.predictor import FramePredictor
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.io import read_image
-from utils.video_utils import resize_and_crop, to_gray
+from utils.images import load_context
+from utils.io import read_image, save_mp4
+from utils.video_utils import resize, resize_and_crop, to_gray, to_uint8
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
 def sample(tmp_path, ckpt):
-    """Run the script with few steps (0 = its own number of them); returns its output folder."""
+    """Run the script in few steps (None = its default); returns its output folder."""
 
     def run(*flags, status=0, checkpoint=ckpt, out="out", steps=3):
-        argv = ["--ckpt", checkpoint, "--out_dir", tmp_path / out, "--cache_dir", tmp_path / "cache"]
-        argv += ["--steps", steps] * bool(steps) + list(flags)
-        with pytest.raises(SystemExit) as stop:
-            sys.exit(main(list(map(str, argv))))
-        assert stop.value.code == status
+        argv = ["--ckpt", checkpoint, "--out_dir", tmp_path / out, "--device", "cpu"]
+        if steps is not None:
+            argv += ["--steps", steps]
+        try:
+            result = sample_video_ddpm.main([str(word) for word in (*argv, *flags)])
+        except SystemExit as stop:
+            result = stop.code
+        assert result == status
         return tmp_path / out
 
     return run
@@ -38,12 +45,54 @@ def sample(tmp_path, ckpt):
 
 @pytest.fixture
 def pngs(tmp_path):
-    """Four random pictures at native size, as paths."""
+    """Four random pictures of the checkpoint's size."""
     rng = np.random.default_rng(5)
     paths = [tmp_path / f"{name}.png" for name in ("start_0", "start_1", "end_0", "end_1")]
     for path in paths:
         iio.imwrite(path, rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     return paths
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory, square_videos):
+    """A checkpoint of --train predictor."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("one"), square_videos, "--train", "predictor")
+
+
+@pytest.fixture(scope="module")
+def refining(tmp_path_factory, square_videos, predictor):
+    """A checkpoint that refines around that predictor."""
+    flags = ("--predictor", str(predictor))
+    return tiny_checkpoint(tmp_path_factory.mktemp("two"), square_videos, *flags)
+
+
+@pytest.fixture(scope="module")
+def gray(tmp_path_factory, square_videos):
+    """A checkpoint of gray clips of three frames, the middle one generated."""
+    flags = ("--color_mode", "gray", "--endpoint_context", "1", "--T", "3")
+    return tiny_checkpoint(tmp_path_factory.mktemp("gray"), square_videos, *flags)
+
+
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory):
+    """Five held-out videos: everywhere in frame i of video v the level is 40 * v + i."""
+    root = tmp_path_factory.mktemp("levels")
+    for name in ("train/0", *(f"val/{v}" for v in range(5))):
+        path = root / f"{name}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        clip = 40 * int(path.stem) + torch.arange(21, dtype=torch.uint8)
+        clip = clip.view(1, -1, 1, 1).expand(3, -1, 16, 16)
+        save_mp4(path, clip, fps=10, lossless=True)
+    return root
+
+
+def copy_with(ckpt, path, args=(), clip=()):
+    """A copy of a checkpoint with other values."""
+    state = load_checkpoint(ckpt)
+    state["args"].update(args)
+    state["clip_config"].update(clip)
+    save_checkpoint(path, state)
+    return path
 
 
 def ends(paths):
@@ -52,214 +101,339 @@ def ends(paths):
 
 
 def frames(folder):
-    """The written clip, [T,H,W,3] or [T,H,W]."""
+    """The written clip, uint8 [T,H,W,3] or, in gray, [T,H,W]."""
     return np.stack([iio.imread(path) for path in sorted((folder / "frames").glob("*.png"))])
 
 
-def record_of(folder):
+def record(folder):
     return json.loads((folder / "sample.json").read_text())
 
 
-def assert_observed(made, paths):
-    """The ends of a clip are the given images, byte for byte."""
-    k = len(paths) // 2
-    assert np.array_equal(np.concatenate([made[:k], made[-k:]]), [iio.imread(path) for path in paths])
+def pixels(middle):
+    """What a sample [1,C,M,H,W] becomes in files: [M,H,W,C]."""
+    return to_uint8(middle)[0].permute(1, 2, 3, 0).numpy()
 
 
-def test_observed_frames_come_out_byte_for_byte_and_every_form_is_written(sample, pngs):
-    out = sample(*ends(pngs))
+def near(a, b):
+    """Whether no pixel differs by more than a rounding."""
+    return np.abs(a.astype(int) - b).max() <= 1
+
+
+def decibels(made, truth):
+    """Mean PSNR of frames [M,H,W,3] of 0..255."""
+    error = (made.astype(float) - truth) ** 2
+    return np.mean(10 * np.log10(255**2 / error.mean((1, 2, 3))))
+
+
+# --- observed frames and files ---
+
+
+def test_observed_frames_pass_bit_for_bit_and_every_form_is_written(sample, pngs):
+    out = sample(*ends(pngs), "--fps", 5)
+    given = [iio.imread(path) for path in pngs]
     made = frames(out)
-    assert len(made) == 8
-    assert_observed(made, pngs)
+    assert len(made) == 8 and np.array_equal(made[[0, 1, 6, 7]], given)
     pictures = {"frames", "start_context.png", "end_context.png", "sheet.png"}
-    assert {path.name for path in out.iterdir()} == {"sample.mp4", "sample.gif", "sample.json"} | pictures
+    videos = {"sample.mp4", "sample.gif"}
+    assert {path.name for path in out.iterdir()} == {"sample.json", *pictures, *videos}
     info = probe_video(out / "sample.mp4")
-    assert (info.frames, info.width, info.height, info.rate) == (8, 16, 16, 8)
-    assert iio.imread(out / "sample.gif").shape[0] == 8
-    assert np.array_equal(iio.imread(out / "end_context.png"), np.hstack([iio.imread(path) for path in pngs[2:]]))
+    assert (info.frames, info.width, info.height, info.rate) == (8, 16, 16, 5)
+    assert len(iio.imread(out / "sample.gif")) == 8
+    assert np.array_equal(iio.imread(out / "start_context.png"), np.hstack(given[:2]))
+    assert np.array_equal(iio.imread(out / "end_context.png"), np.hstack(given[2:]))
 
 
-def test_true_middle_images_are_scored_and_shown(sample, pngs, capsys):
-    truth = [pngs[0]] * 4
-    out = sample(*ends(pngs), "--middle_images", *truth)
-    made, true = frames(out)[2:-2] / 255, iio.imread(pngs[0]) / 255
-    decibels = np.mean([-10 * np.log10(np.mean((frame - true) ** 2)) for frame in made])
-    assert record_of(out)["scores"]["psnr"] == pytest.approx(decibels, abs=1e-3)
-    assert f"middle PSNR {decibels:.2f} dB (cross-fade " in capsys.readouterr().out
-    rows = iio.imread(sample(*ends(pngs), out="alone") / "sheet.png").shape[0]
-    assert iio.imread(out / "sheet.png").shape[0] > 1.5 * rows  # a row more, that of the truth
+def test_true_middle_images_give_a_score_and_a_row_of_the_sheet(sample, pngs):
+    middles = [pngs[i] for i in (3, 0, 1, 2)]
+    out = sample(*ends(pngs), "--middle_images", *middles)
+    truth = np.stack([iio.imread(path) for path in middles])
+    start, end = (iio.imread(path).astype(float) for path in pngs[1:3])
+    faded = np.stack([start + (end - start) * i / 5 for i in range(1, 5)]).round()
+    scores = record(out)["scores"]
+    assert scores["psnr"] == pytest.approx(decibels(frames(out)[2:-2], truth), abs=1e-3)
+    assert scores["psnr_cross_fade"] == pytest.approx(decibels(faded, truth), abs=1e-3)
+    assert record(out)["checkpoint_step"] == 2 and record(out)["size"] == 16
+    plain = sample(*ends(pngs), out="plain")
+    assert record(plain)["scores"] is None
+    sheets = [iio.imread(folder / "sheet.png") for folder in (out, plain)]
+    assert len(sheets[0]) == 2 * len(sheets[1])
+    assert np.array_equal(sheets[0][len(sheets[1]) :], sheets[1])  # truth above, generated below
 
 
-def test_the_record_holds_every_setting_by_default_the_fast_presets(sample, pngs):
-    record = record_of(sample(*ends(pngs), "--seed", 7, "--eta", 0.5))
-    expected = {"seed": 7, "eta": 0.5, "steps": 3, "guidance_scale": 1.8, "nfe": 6, "checkpoint_step": 2}
-    assert expected.items() <= record.items()
-    assert record["num_frames"] == 8 and record["size"] == 16 and record["seconds"] > 0
-    assert set(vars(build_parser().defaults())) <= set(record)
-    assert record_of(sample(*ends(pngs), "--guidance_scale", 1, out="plain"))["nfe"] == 3
-    fast = {"nfe": 6, "steps": 5, "spacing": "quadratic", "guidance_interval": [0.3, 0.9], "guidance_scale": 1.8}
-    assert fast.items() <= record_of(sample(steps=0, out="default")).items()  # the fast preset
-
-
-def test_the_ends_the_seed_and_the_weights_decide_the_middle(sample, pngs):
-    def middle(*flags, images=pngs, out):
-        return frames(sample(*ends(images), *flags, out=out))[2:-2].astype(int)
-
-    base = middle(out="a")
-    assert np.array_equal(base, middle(out="again"))
-    swapped = middle(images=[*pngs[2:], *pngs[:2]], out="b")
-    for other in (swapped, middle("--seed", 1, out="c"), middle("--use_raw_model", out="d")):
-        assert np.abs(base - other).max() > 2
-    assert np.abs(base - middle("--guidance_scale", 0, out="e")).max() > 2
-    unconditional = middle("--guidance_scale", 0, images=[*pngs[2:], *pngs[:2]], out="f")
-    assert np.array_equal(unconditional, middle("--guidance_scale", 0, out="g"))
-
-
-def test_batches_and_compilation_change_no_frame(sample, monkeypatch):
-    compiled = []
-
-    def compile_nothing(function, **options):  # the real one needs a compiler and minutes; --compile must only call it
-        compiled.append((function.__name__, options))
-        return function
-
-    monkeypatch.setattr(torch, "compile", compile_nothing)
-    common = ["--num_clips", 1, "--num_samples", 2]
-    plain = sample(*common, "--batch_size", 1, out="plain")
-    fast = sample(*common, "--compile", out="compiled")
-    assert compiled == [("encode_contexts", {"dynamic": False}), ("denoise", {"dynamic": False})]
-    for name in ("clip_000_sample_000", "clip_000_sample_001"):
-        one, other = (frames(folder / name).astype(int) for folder in (plain, fast))
-        assert np.abs(one - other).max() <= 1  # a pixel may round the other way
-
-
-def test_images_are_treated_as_clip_frames_are(sample, tmp_path):
+def test_images_are_resized_and_cropped_to_sizes_that_are_not_square(sample, ckpt, tmp_path):
     rng = np.random.default_rng(1)
     paths = []
     for i, (h, w) in enumerate([(40, 24), (16, 64), (33, 47), (20, 20)]):
-        paths.append(tmp_path / f"{i}.{'jpg' if i == 2 else 'png'}")
-        iio.imwrite(paths[-1], rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
-    made = frames(sample(*ends(paths)))
-    for path, got in zip(paths, [*made[:2], *made[-2:]], strict=True):
-        assert np.array_equal(resize_and_crop(read_image(path), 16).permute(1, 2, 0).numpy(), got)
+        paths.append(tmp_path / f"{i}.png")
+        iio.imwrite(paths[i], rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+    wide = copy_with(ckpt, tmp_path / "wide.pt", clip={"size": [16, 24]})
+    outs = {
+        (16, 24): sample(*ends(paths), "--T", 5, checkpoint=wide),
+        (24, 16): sample(*ends(paths), "--T", 5, "--size", 24, 16, checkpoint=wide, out="tall"),
+    }
+    for size, out in outs.items():
+        made = frames(out)
+        assert made.shape == (5, *size, 3) and record(out)["size"] == list(size)
+        for path, frame in zip(paths, made[[0, 1, 3, 4]], strict=True):
+            expected = resize_and_crop(read_image(path), size).permute(1, 2, 0)
+            assert np.array_equal(frame, expected)
 
 
-def test_gray_checkpoints_take_colour_images_as_luma(sample, pngs, square_videos, tmp_path):
-    checkpoint = tiny_checkpoint(tmp_path, square_videos, "--color_mode", "gray")
-    made = frames(sample(*ends(pngs), checkpoint=checkpoint))
-    assert made[0].shape == (16, 16)
-    assert np.array_equal(made[0], to_gray(read_image(pngs[0]))[0].numpy())
-    for path in pngs:
+def test_gray_checkpoints_take_luma_and_leave_gray_images_as_they_are(sample, gray, pngs):
+    given = [pngs[0], pngs[3]]
+    made = frames(sample(*ends(given), checkpoint=gray))
+    assert made.shape == (3, 16, 16)
+    luma = [to_gray(read_image(path))[0] for path in given]
+    assert np.array_equal(made[[0, 2]], torch.stack(luma))
+    for path in given:
         iio.imwrite(path, iio.imread(path)[..., 0])
-    assert_observed(frames(sample(*ends(pngs), checkpoint=checkpoint, out="gray")), pngs)  # gray is not touched
+    made = frames(sample(*ends(given), checkpoint=gray, out="gray"))
+    assert np.array_equal(made[[0, 2]], [iio.imread(path) for path in given])
 
 
-@pytest.mark.parametrize(("k", "t"), [(1, 3), (3, 8)])
-def test_other_numbers_of_observed_and_generated_frames(sample, pngs, square_videos, tmp_path, k, t):
-    checkpoint = tiny_checkpoint(tmp_path, square_videos, "--endpoint_context", str(k), "--T", str(t))
-    images = [pngs[i % 4] for i in range(2 * k)]
-    made = frames(sample(*ends(images), checkpoint=checkpoint, out="k"))
-    assert len(made) == t
-    assert_observed(made, images)
+# --- held-out clips ---
 
 
-def test_another_length_and_size_than_trained(sample, pngs):
-    assert len(frames(sample(*ends(pngs), "--T", 5, out="short"))) == 5
-    assert len(frames(sample(*ends(pngs), "--T", 13, out="long"))) == 13
-    assert frames(sample(*ends(pngs), "--size", 24, out="large"))[0].shape == (24, 24, 3)
+@pytest.mark.parametrize(("stride", "observed"), [(1, [6, 7, 12, 13]), (2, [3, 5, 15, 17])])
+def test_clips_are_central_windows_of_evenly_chosen_files(
+    sample, ckpt, levels, tmp_path, stride, observed
+):
+    checkpoint = copy_with(ckpt, tmp_path / "a.pt", clip={"frame_stride": stride})
+    out = sample("--data_root", levels, "--num_clips", 2, checkpoint=checkpoint)
+    for clip, video in ((0, 0), (1, 2)):
+        folder = out / f"clip_{clip:03d}_sample_000"
+        made = frames(folder)
+        expected = [40 * video + i for i in observed]
+        assert made[[0, 1, 6, 7], 3, 5, 0].tolist() == expected
+        truth = np.arange(expected[1] + stride, expected[2], stride).reshape(4, 1, 1, 1)
+        psnr = decibels(made[2:-2], truth)
+        assert record(folder)["scores"]["psnr"] == pytest.approx(psnr, abs=1e-3)
+        assert record(folder)["source"] == f"val/{video}.mp4"
 
 
-def test_without_images_held_out_clips_are_continued_and_scored_each_sample_by_itself(sample, capsys):
-    out = sample("--num_clips", 1, "--num_samples", 2)
-    assert sorted(path.name for path in out.iterdir()) == ["clip_000_sample_000", "clip_000_sample_001"]
-    first, second = (frames(out / f"clip_000_sample_00{n}") for n in (0, 1))
-    assert np.array_equal(first[[0, 1, -2, -1]], second[[0, 1, -2, -1]]) and not np.array_equal(first[3], second[3])
-    printed = capsys.readouterr().out
-    assert printed.count("cross-fade") == 3 and "mean of 2: middle PSNR" in printed
-    record = record_of(out / "clip_000_sample_001")
-    assert record["scores"]["psnr"] > 0 and record["source"].endswith(".mp4")
-    sheet = iio.imread(out / "clip_000_sample_000" / "sheet.png")
-    assert sheet.shape == (2 * (6 * 16 + 6), 8 * (6 * 16 + 6), 3)  # truth above, generated below
-    assert np.array_equal(first, frames(sample(out="alone")))  # whatever is drawn beside it
+@pytest.mark.parametrize("seed", [0, 1])
+def test_clips_are_those_that_training_held_out(sample, ckpt, square_videos, tmp_path, seed):
+    split = {"val_ratio": 0.5, "seed": seed}
+    checkpoint = copy_with(ckpt, tmp_path / "a.pt", args=split)
+    _, held_out = prepare_videos(square_videos, span=8, cache_dir=tmp_path, **split)
+    out = sample("--num_clips", len(held_out), checkpoint=checkpoint)
+    folders = [out / f"clip_{clip:03d}_sample_000" for clip in range(len(held_out))]
+    assert [record(folder)["source"] for folder in folders] == [video.name for video in held_out]
 
 
-def test_an_earlier_sample_is_never_overwritten_unasked(sample, pngs, capsys):
+def test_noise_depends_on_seed_clip_and_sample_only(sample, ckpt, levels, monkeypatch):
+    flags = ("--data_root", levels, "--num_clips", 3, "--num_samples", 2, "--seed", 7)
+    out = sample(*flags)
+    monkeypatch.setattr(sample_video_ddpm, "BATCH_SIZE", 2)
+    other = sample(*flags, out="batches")
+    pipe = MiddleFramePipeline.from_checkpoint(ckpt, "cpu")
+    for clip, number in itertools.product(range(3), range(2)):
+        name = f"clip_{clip:03d}_sample_{number:03d}"
+        made = frames(out / name)
+        noise = generator_for(7, SAMPLE, clip, number)
+        middle = pipe(made[:2], made[-2:], steps=3, generator=[noise])
+        assert near(made[2:-2], pixels(middle))
+        assert near(made, frames(other / name))
+
+
+# --- sampler and weights ---
+
+# A value for each flag, and the forwards of one sample with it.
+SETTINGS = {
+    "steps": (5, 10),
+    "spacing": ("quadratic", 80),
+    "guidance_scale": (1.0, 40),
+    "guidance_interval": ([0.3, 0.9], 64),
+    "eta": (0.5, 80),
+    "dynamic_threshold": (True, 80),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_flag_replaces_one_value_of_the_default_sampler(sample, ckpt, pngs, name):
+    value, nfe = SETTINGS[name]
+    words = [] if value is True else np.ravel(value)
+    out = sample(*ends(pngs), f"--{name}", *words, steps=None)
+    expected = {
+        "steps": 40,
+        "spacing": "linspace",
+        "guidance_scale": 1.8,
+        "guidance_interval": [0, 1],
+        "eta": 0,
+        "nfe": nfe,
+        name: value,
+    }
+    assert expected.items() <= record(out).items()
+    pipe = MiddleFramePipeline.from_checkpoint(ckpt, "cpu")
+    noise = [generator_for(0, SAMPLE, 0, 0) for _ in range(2)]
+    middle = pipe(pngs[:2], pngs[2:], generator=noise[:1], **{name: value})
+    assert near(frames(out)[2:-2], pixels(middle))
+    default = pipe(pngs[:2], pngs[2:], generator=noise[1:])
+    assert not near(pixels(default), pixels(middle))
+
+
+def predicted(network, weights, pngs):
+    """The frames that a predictor with these weights gives."""
+    network = FramePredictor(**network)
+    network.load_state_dict(weights)
+    start, end = (load_context(paths, 16, "rgb") for paths in (pngs[:2], pngs[2:]))
+    with torch.no_grad():
+        return pixels(network.eval()(start, end, 4)[0])
+
+
+def test_zero_steps_give_the_prediction_that_a_checkpoint_refines(sample, refining, pngs):
+    stored = load_checkpoint(refining)["predictor"]
+    out = sample(*ends(pngs), checkpoint=refining, steps=0)
+    assert near(frames(out)[2:-2], predicted(stored["config"], stored["weights"], pngs))
+    assert record(out)["nfe"] == 0
+    refined = sample(*ends(pngs), checkpoint=refining, steps=None, out="refined")
+    assert {"steps": 3, "spacing": "quadratic", "nfe": 3}.items() <= record(refined).items()
+    assert not near(frames(out), frames(refined))
+
+
+@pytest.mark.parametrize(("flags", "key"), [((), "ema"), (("--use_raw_model",), "model")])
+def test_a_predictors_own_checkpoint_predicts(sample, predictor, pngs, flags, key):
+    stored = load_checkpoint(predictor)
+    out = sample(*ends(pngs), *flags, checkpoint=predictor, steps=None)
+    assert near(frames(out)[2:-2], predicted(stored["model_config"], stored[key], pngs))
+
+
+def test_use_raw_model_takes_the_weights_that_are_no_average(sample, ckpt, pngs, tmp_path):
+    state = load_checkpoint(ckpt)
+    state["ema"] = state["model"]
+    save_checkpoint(tmp_path / "raw.pt", state)
+    raw = frames(sample(*ends(pngs), "--use_raw_model"))
+    assert np.array_equal(raw, frames(sample(*ends(pngs), checkpoint=tmp_path / "raw.pt", out="b")))
+    assert not near(raw, frames(sample(*ends(pngs), out="c")))
+
+
+def test_the_checkpoint_moves_without_its_data(sample, ckpt, pngs, tmp_path):
+    places = dict.fromkeys(("data_root", "cache_dir", "out_dir"), str(tmp_path / "gone"))
+    moved = copy_with(ckpt, tmp_path / "moved.pt", args=places)
+    assert np.array_equal(
+        frames(sample(*ends(pngs), checkpoint=moved)), frames(sample(*ends(pngs), out="b"))
+    )
+    assert not (tmp_path / "gone").exists()
+
+
+# --- a video with gaps ---
+
+
+def test_gaps_of_a_video_are_filled_and_all_else_stays(sample, ckpt, tmp_path):
+    source = with_sound(tmp_path / "in.mp4")
+    gaps = (range(10, 13), range(20, 28))
+    out = sample("--video", source, "--gap", "20:28", "--gap", "10:13", "--lossless", "--seed", 3)
+    before = decoded(source)
+    after = decoded(out / "video.mp4")
+    pipe = MiddleFramePipeline.from_checkpoint(ckpt, "cpu")
+    expected = before.clone()
+    for number, gap in enumerate(gaps):
+        start = before[gap.start - 2 : gap.start].transpose(0, 1)
+        end = before[gap.stop : gap.stop + 2].transpose(0, 1)
+        noise = [generator_for(3, SAMPLE, number)]
+        middle = pipe(start, end, num_middle=len(gap), steps=3, generator=noise)
+        expected[gap.start : gap.stop] = to_uint8(middle)[0].transpose(0, 1)
+    assert torch.equal(after, expected)
+    assert packets(out / "video.mp4", "audio") == packets(source, "audio")
+    facts = {"frames": 40, "gaps_filled": 2, "generated_at": [24, 32]}
+    assert facts.items() <= record(out).items()
+
+
+def test_a_gap_may_be_generated_at_another_size_and_in_gray(sample, gray, tmp_path):
+    source = with_sound(tmp_path / "in.mp4")
+    out = sample("--video", source, "--gap", "5:7", "--size", 16, "--lossless", checkpoint=gray)
+    small = to_gray(resize(decoded(source), (16, 16))).transpose(0, 1)  # [1,T,16,16]
+    pipe = MiddleFramePipeline.from_checkpoint(gray, "cpu")
+    noise = [generator_for(0, SAMPLE, 0)]
+    middle = pipe(small[:, 4:5], small[:, 7:8], num_middle=2, steps=3, generator=noise)
+    expected = resize(to_uint8(middle)[0].transpose(0, 1), (24, 32)).expand(-1, 3, -1, -1)
+    assert torch.equal(decoded(out / "video.mp4")[5:7], expected)
+
+
+def test_large_videos_are_generated_at_about_256_by_256():
+    sizes = [(24, 32), (27, 39), (480, 640), (1080, 1920)]
+    working = [sample_video_ddpm.working_size(*size, 4) for size in sizes]
+    assert working == [(24, 32), (28, 40), (220, 296), (192, 340)]
+
+
+def test_a_video_that_fails_half_way_leaves_no_file(sample, tmp_path, capsys):
+    hostile.two_sizes(tmp_path / "two.mp4")
+    out = sample("--video", tmp_path / "two.mp4", "--gap", "3:5", status=2)
+    error = capsys.readouterr().err
+    assert "two.mp4" in error and error.count("\n") == 1
+    assert list(out.iterdir()) == []
+
+
+# --- wrong input ---
+
+
+def test_an_earlier_sample_stays_without_overwrite(sample, pngs, capsys):
     out = sample(*ends(pngs), "--T", 9)
-    before = (out / "sample.mp4").read_bytes()
-    sample(*ends(pngs), "--seed", 1, status=2)
-    assert "pass --overwrite" in capsys.readouterr().err
-    assert (out / "sample.mp4").read_bytes() == before
+    before = frames(out)
+    for flags in (ends(pngs), ["--num_samples", 2]):
+        sample(*flags, "--seed", 1, status=2)
+        assert "--overwrite" in capsys.readouterr().err
+    assert np.array_equal(frames(out), before)
     sample(*ends(pngs), "--seed", 1, "--overwrite")
-    assert len(frames(out)) == 8 and (out / "sample.mp4").read_bytes() != before
-    mine = out.parent / "mine"
-    (mine / "frames").mkdir(parents=True)
-    (mine / "frames" / "001.png").write_text("my picture")
-    sample(*ends(pngs), out="mine", status=2)
-    assert (mine / "frames" / "001.png").read_text() == "my picture"
+    assert frames(out).shape[0] == 8  # no frame of the longer sample is left
+    several = sample(*ends(pngs), "--num_samples", 2, out="several")
+    sample(*ends(pngs), status=2, out="several")
+    assert sorted(path.name[-10:] for path in several.iterdir()) == ["sample_000", "sample_001"]
 
 
-def wrong(pngs, tmp_path, ckpt):
-    """(flags, message) of wrong uses."""
-    text, cut, other = (tmp_path / name for name in ("text.png", "cut.pt", "other.pt"))
+def wrong(pngs, tmp_path, ckpt, refining):
+    """(flags, the flag or file that the line names) of wrong uses."""
+    text = tmp_path / "text.png"
     text.write_text("hello")
+    cut = tmp_path / "cut.pt"
     cut.write_bytes(ckpt.read_bytes()[:5000])
-    checkpoint = load_checkpoint(ckpt)
-    save_checkpoint(other, checkpoint | {"model_config": checkpoint["model_config"] | {"base_channels": 24}})
-    for path, message in ((cut, "not a readable checkpoint"), (tmp_path / "no.pt", "no such"), (other, "do not fit")):
-        yield [*ends(pngs), "--ckpt", path], message
-    yield ["--start_images", pngs[0], "--end_images", *pngs[2:]], "--start_images must be 2 images"
-    yield ["--start_images", *pngs[:2]], "must be given together"
-    yield [*ends(pngs), "--num_clips", "2"], "--start_images must be given without --data_root and --num_clips"
-    yield ["--middle_images", *pngs], "--middle_images needs --start_images and --end_images"
-    yield [*ends(pngs), "--middle_images", pngs[0]], "--middle_images must be 4 images, those between the ends (got 1)"
-    yield ["--start_images", pngs[0], tmp_path / "no.png", "--end_images", *pngs[2:]], "no.png: no such image file"
-    yield ["--start_images", pngs[0], text, "--end_images", *pngs[2:]], "text.png: not a readable image"
-    yield [*ends(pngs), "--T", 4], "--T must exceed 2 * --endpoint_context so that a middle exists (got --T 4"
-    yield [*ends(pngs), "--size", 18], "--size must be divisible by 4"
-    yield [*ends(pngs), "--endpoint_context", 3], "--endpoint_context is fixed by"
-    yield [*ends(pngs), "--color_mode", "gray"], "--color_mode is fixed by"
-    yield [*ends(pngs), "--steps", 5000], "--steps must lie in [1, 1000]"
-    yield [*ends(pngs), "--eta", 2], "argument --eta: must be a number in [0, 1]"
-    yield ["--num_clips", 99], "--num_clips must be at most the 1 held-out clips"
-    yield ["--T", 99], "--num_clips must be at most the 0 held-out clips"
-    yield ["--data_root", ""], "argument --data_root: must not be empty"
-    yield ["--data_root", tmp_path / "nowhere"], "--data_root must be a folder"
-    yield [*ends(pngs), "--out_dir", text / "out"], "text.png/out: cannot be made"
+    state = load_checkpoint(ckpt)
+    state["model_config"]["base_channels"] = 24
+    save_checkpoint(tmp_path / "other.pt", state)
+    clip = save_mp4(tmp_path / "in.mp4", torch.zeros(3, 12, 16, 16, dtype=torch.uint8), fps=10)
+    clip = ["--video", tmp_path / "in.mp4"]
+    good = ends(pngs)
+    yield [*good, "--ckpt", cut], "cut.pt"
+    yield [*good, "--ckpt", tmp_path / "no.pt"], "no.pt"
+    yield [*good, "--ckpt", tmp_path / "other.pt"], "other.pt"
+    yield [*good, "--ckpt", refining, "--dynamic_threshold"], "--dynamic_threshold"
+    yield [*good, "--device", "cuda:99"], "--device"
+    yield ["--start_images", pngs[0], "--end_images", *pngs[2:]], "--start_images"
+    yield ["--start_images", *pngs[:2]], "--end_images"
+    yield ["--start_images", pngs[0], tmp_path / "no.png", "--end_images", *pngs[2:]], "no.png"
+    yield ["--start_images", pngs[0], text, "--end_images", *pngs[2:]], "text.png"
+    yield [*good, "--num_clips", 2], "--num_clips"
+    yield [*good, "--data_root", tmp_path], "--data_root"
+    yield ["--middle_images", *pngs], "--middle_images"
+    yield [*good, "--middle_images", pngs[0]], "--middle_images"
+    yield [*good, "--T", 4], "--T"
+    yield [*good, "--size", 18], "--size"
+    yield [*good, "--endpoint_context", 3], "--endpoint_context"
+    yield [*good, "--color_mode", "gray"], "--color_mode"
+    yield [*good, "--steps", 1001], "--steps"
+    yield [*good, "--steps", 0], "--steps"
+    yield [*good, "--eta", 2], "--eta"
+    yield [*good, "--guidance_interval", 0.9, 0.3], "--guidance_interval"
+    yield [*good, "--num_sample", 2], "--num_sample"
+    yield [*good, "--out_dir", text / "out"], "--out_dir"
+    yield ["--num_clips", 99], "--num_clips"
+    yield ["--T", 99], "--num_clips"
+    yield ["--data_root", ""], "--data_root"
+    yield ["--data_root", tmp_path / "nowhere"], "--data_root"
+    yield clip, "--gap"
+    yield ["--gap", "4:6"], "--video"
+    yield ["--lossless"], "--video"
+    yield ["--video", text, "--gap", "4:6"], "text.png"
+    for gap in ("1:3", "9:11", "6:6", "4-6"):
+        yield [*clip, "--gap", gap], "--gap"
+    yield [*clip, "--gap", "3:4", "--gap", "5:6"], "--gap"
+    yield [*clip, "--gap", "4:6", "--T", 8], "--T"
+    yield [*clip, "--gap", "4:6", "--num_samples", 2], "--num_samples"
 
 
-def test_wrong_use_is_one_line_and_status_two(sample, pngs, tmp_path, ckpt, capsys):
-    for flags, message in wrong(pngs, tmp_path, ckpt):
-        sample(*flags, status=2, out="wrong")
+def test_wrong_input_is_one_line_and_writes_nothing(sample, pngs, tmp_path, ckpt, refining, capsys):
+    for flags, name in wrong(pngs, tmp_path, ckpt, refining):
+        out = sample(*flags, status=2, out="wrong")
         error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1, error
-
-
-def test_frames_need_not_be_square(square_videos, tmp_path, pngs):
-    ckpt = tiny_checkpoint(tmp_path, square_videos, "--size", "16", "24")
-    out = ["--out_dir", str(tmp_path / "made"), "--cache_dir", str(tmp_path / "cache"), "--steps", "2"]
-    clips = ["--num_clips", "1"]
-    for flags, shape in ((clips, (16, 24)), (ends(pngs), (16, 24)), ([*clips, "--size", "24", "16"], (24, 16))):
-        assert main(["--ckpt", str(ckpt), *out, *map(str, flags), "--overwrite"]) == 0
-        assert frames(tmp_path / "made").shape == (8, *shape, 3)
-        assert record_of(tmp_path / "made")["size"] == list(shape)
-    few = ["--metrics", "psnr", "ssim", "--baselines", "flow", "cross_fade"]
-    assert evaluate_video_ddpm.main(["--ckpt", str(ckpt), *out, *few]) == 0
-    assert "16x24 rgb" in (tmp_path / "made" / "report.html").read_text()
-
-
-def test_the_checkpoint_moves_without_its_data(sample, pngs, ckpt, tmp_path):
-    moved = shutil.copy(ckpt, tmp_path / "moved.pt")
-    assert len(frames(sample(*ends(pngs), checkpoint=moved))) == 8
-
-
-def test_the_original_flags_mean_the_original_sampler_and_no_flag_the_fast_one():
-    reference = {"sampler": "ddim", "steps": 40, "spacing": "linspace", "guidance_scale": 1.8, "eta": 0.0}
-    reference |= {"guidance_interval": (0.0, 1.0), "clip_x0": True, "dynamic_threshold": False}
-    fast = reference | SAMPLER_PRESETS["fast"]
-    parsed = lambda *flags: settings_grid(vars(build_parser().parse_args(["--ckpt", "x.pt", *flags])))[0]  # noqa: E731
-    assert parsed("--steps", "40", "--eta", "0.0", "--guidance_scale", "1.8") == reference
-    assert parsed("--preset", "reference") == reference
-    for flag, value in (("steps", 12), ("guidance_scale", 1.0), ("eta", 0.5), ("sampler", "dpmpp_2m")):
-        assert parsed(f"--{flag}", str(value)) == reference | {flag: value}
-    assert parsed() == parsed("--preset", "fast") == fast
-    assert parsed("--preset", "fast", "--steps", "12") == fast | {"steps": 12}
-    assert forwards_per_clip(1000, reference) >= 6 * forwards_per_clip(1000, fast)
+        assert name in error and error.count("\n") == 1, (flags, error)
+        assert list(out.rglob("*")) == [], flags

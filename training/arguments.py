@@ -2,14 +2,17 @@
 
 import argparse
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from models.video_unet3d import check_architecture, check_size
 from training.checkpointer import has_checkpoint, load_latest
 from training.distributed import is_main, print0
 from utils.checkpoint import checkpoint_errors, load_checkpoint
 from utils.flags import Parser
+from utils.video_utils import as_pair
 
 # What a run is; --resume may not change it.
 FIXED_FLAGS = {
@@ -66,20 +69,22 @@ class Start(NamedTuple):
 
 
 def plan_stages(
-    given: dict[str, Any], presets: Mapping[str, Mapping[str, dict[str, Any]]], out_dir: str
+    parser: Parser,
+    argv: Sequence[str] | None,
+    presets: Mapping[str, Mapping[str, dict[str, Any]]],
 ) -> list[Stage]:
     """The runs of a command: one, or with --preset the predictor's and then the diffusion's.
 
     Args:
-        given: flags on the command line.
-        presets: values of both stages, by name.
-        out_dir: the default one.
+        argv: the command line.
+        presets: by name, values of both stages and of each.
 
     Raises: ValueError: for a missing or present last.pt, before anything is trained.
     """
+    given = parser.parse_given(argv)
     stages = presets.get(given.get("preset"), {})
-    out_dir = stages.get("diffusion", {}).get("out_dir", out_dir)
-    out_dir = Path(given.get("out_dir", out_dir))
+    values = {**parser.defaults(), **stages.get("both", {}), **given}
+    out_dir = Path(values["out_dir"])
     if given.get("dry_run"):
         out_dir = prepare_dry_run(out_dir, given)
     predictor_dir = out_dir / "predictor"
@@ -102,12 +107,17 @@ def plan_stages(
     if "train" in given or "predictor" in given:
         raise ValueError("--preset sets --train and --predictor: give it without them")
 
+    predictor = {**stages["both"], **stages["predictor"], "train": "predictor"}
     # The second stage refines around what the first has learned.
-    diffusion = {**stages["diffusion"], "predictor": str(predictor_dir / "best.pt")}
+    diffusion = {
+        **stages["both"],
+        **stages["diffusion"],
+        "predictor": str(predictor_dir / "best.pt"),
+    }
     if has_checkpoint(out_dir):
         return [Stage(out_dir, given, diffusion)]
     return [
-        Stage(predictor_dir, given, stages["predictor"]),
+        Stage(predictor_dir, given, predictor),
         Stage(out_dir, {**given, "resume": False}, diffusion),
     ]
 
@@ -150,11 +160,38 @@ def resolve_stage(parser: Parser, stage: Stage) -> Start:
     values["out_dir"] = str(stage.out_dir)
     values["given"] = {**stored_given, **stage.given}
     args = argparse.Namespace(**values)
+    check_args(args)
     if checkpoint is not None:
         predictor = checkpoint["predictor"]
     else:
         predictor = load_predictor(args.predictor)
     return Start(args=args, checkpoint=checkpoint, source=source, predictor=predictor)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises: ValueError: for the rules that join several flags."""
+    shortest, longest = as_pair(args.num_frames)
+    k = args.endpoint_context
+    if shortest > longest:
+        raise ValueError(f"--T must be one number or two rising ones (got {shortest} {longest})")
+    if shortest <= 2 * k:
+        rule = "--T must exceed 2 * --endpoint_context so that a middle exists"
+        raise ValueError(f"{rule} (got --T {shortest}, --endpoint_context {k})")
+    if args.train == "predictor" and args.predictor:
+        raise ValueError("--predictor is for --train diffusion")
+    if args.vis_every and args.vis_steps > args.timesteps:
+        rule = f"--vis_steps must be at most --timesteps {args.timesteps}"
+        raise ValueError(f"{rule} (got {args.vis_steps})")
+    if args.train == "diffusion":
+        check_size(args.size, 2 ** len(args.channel_mults))
+        check_architecture(
+            base_channels=args.base_channels,
+            channel_mults=args.channel_mults,
+            res_blocks=args.res_blocks,
+            temporal_attn_levels=args.temporal_attn_levels,
+        )
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard")
 
 
 def load_predictor(path: str | None) -> dict[str, Any] | None:

@@ -25,7 +25,6 @@ class Checkpointer:
         last_is_whole: whether last.pt is known to be readable, and so worth keeping as prev.pt.
         contents: what is to be saved.
         probe_loss: the loss of some batch under the weights that are to be saved.
-        every_steps: steps between saves of last.pt; 0 = at the end of an epoch only.
         failure: of the newest attempt at last.pt.
     """
 
@@ -33,12 +32,7 @@ class Checkpointer:
     last_is_whole: bool
     contents: Callable[[], dict[str, Any]]
     probe_loss: Callable[[], float]
-    every_steps: int = 0
     failure: OSError | FloatingPointError | None = None
-
-    def due(self, step: int) -> bool:
-        """Whether a save is due after this step."""
-        return self.every_steps > 0 and step % self.every_steps == 0
 
     def save_best(self, state: TrainingState, val_loss: float) -> None:
         """Write best.pt if the loss is the lowest; if that fails, the one before stays to beat."""

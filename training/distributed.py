@@ -6,11 +6,8 @@ branches.
 
 import contextlib
 import os
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -63,6 +60,12 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
+def workers_per_process(wanted: int) -> int:
+    """Loading processes for this process: no more than its share of the machine's cores."""
+    cores = (os.cpu_count() or 1) // local_world_size()
+    return min(wanted, max(1, cores))
+
+
 def rank_slice(count: int) -> range:
     """The stretch of range(count) that is this process's; sizes differ by one at most."""
     return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
@@ -72,15 +75,6 @@ def print0(*values: Any, file: TextIO | None = None) -> None:
     """Print on rank 0 what all processes would print alike."""
     if is_main():
         print(*values, file=file, flush=True)
-
-
-def launch_command(script: str, *words: str) -> str:
-    """The command line that starts a script as this run was started."""
-    if world_size() == 1:
-        return shlex.join([Path(sys.executable).name, script, *words])
-    if local_world_size() < world_size():
-        return f"torchrun (on every machine, as before) {shlex.join([script, *words])}"
-    return shlex.join(["torchrun", "--nproc_per_node", str(world_size()), script, *words])
 
 
 # --- begin and end --------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +150,6 @@ class Logger:
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
 
 
-def check_tensorboard(wanted: bool) -> None:
-    """Raises: ValueError: if TensorBoard is wanted and not installed."""
-    if wanted and find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs a package: pip install tensorboard")
-
-
 def describe_run(
     args: argparse.Namespace, state: TrainingState, clips: str, amp_dtype: torch.dtype | None
 ) -> None:
@@ -175,16 +168,8 @@ def describe_run(
     print0(line)
     if args.amp and device.type != "cuda":
         print0(f"--amp does nothing on {device.type}: training in float32")
-    if args.train == "predictor":
-        return
-    if not args.cfg_drop_prob and args.vis_every and args.vis_guidance_scale != 1:
-        remedy = "previews need --vis_guidance_scale 1"
-        print0(f"note: --cfg_drop_prob 0 trains no unconditional branch: {remedy}")
-    blind = ", ".join(map(str, state.model.blind_levels))
-    if blind:
-        remedy = "--base_channels of 3 * 2^n, such as 24, 48 or 96, keeps it"
-        reason = "norms have one channel per group and erase the time embedding"
-        print0(f"note: at level {blind} {reason}; {remedy}")
+    if args.train == "diffusion" and not args.cfg_drop_prob and args.vis_guidance_scale != 1:
+        print0("note: without --cfg_drop_prob previews need --vis_guidance_scale 1")
 
 
 @contextlib.contextmanager

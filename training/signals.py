@@ -1,8 +1,12 @@
 """Stopping a run: signals that end it after a step, and loading processes that would outlive it."""
 
+import contextlib
 import multiprocessing
 import signal
+from collections.abc import Iterator
 from types import FrameType
+
+from utils.flags import RunError
 
 # SIGUSR1 is what batch systems send ahead of time; Windows does not have it.
 STOP_SIGNALS = [
@@ -45,16 +49,27 @@ def worker_init_fn(worker: int) -> None:
     signal.signal(signal.SIGTERM, end_next_time)
 
 
-def kill_loading_processes() -> None:
-    """Kill and reap loading processes, which outlive a signal and for which Python would wait."""
-    # torch's handler would take their end for an accident; Windows has no such signal.
-    handler = None
-    if hasattr(signal, "SIGCHLD"):
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+@contextlib.contextmanager
+def end_loading_processes() -> Iterator[None]:
+    """At the end kill loading processes, which outlive a signal and for which Python would wait.
+
+    Raises: RunError: in place of what torch says, if one of them was killed.
+    """
     try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = "too little memory for --num_workers, or a video that crashes its decoder"
+        remedy = "--resume goes on from the last save"
+        raise RunError(f"a loading process was killed: {reason}; {remedy}") from error
+    finally:
+        # torch's handler would take their end for an accident; Windows has no such signal.
+        handler = None
+        if hasattr(signal, "SIGCHLD"):
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()
             child.join()
-    finally:
         if handler is not None:
             signal.signal(signal.SIGCHLD, handler)

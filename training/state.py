@@ -32,19 +32,11 @@ class TrainingState:
     since the first epoch began. They differ once a run goes on with another batch size. Data and
     noise follow `data_step`; learning rate and EMA follow `step`.
 
-    Attributes:
-        model: what is trained, a VideoUNet3D or a FramePredictor.
-        ddp_model: the same, wrapped for several processes.
-        ema: the average of its weights.
-        lr_schedule: see `get_lr`.
-        probe: the first batch (start, middle, end) and its data_step: weights are tried on it
-            before they are saved.
-        history: losses and scores for the curves.
-        total_steps: where the run ends.
+    Weights are tried on `probe`, the first batch and its data_step, before they are saved.
     """
 
-    model: nn.Module
-    ddp_model: nn.Module
+    model: nn.Module  # a VideoUNet3D or a FramePredictor
+    ddp_model: nn.Module  # the same, wrapped for several processes
     ema: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -54,7 +46,7 @@ class TrainingState:
     total_steps: int = 0
     best_val_loss: float = math.inf
     lr_schedule: dict[str, float] = field(default_factory=dict)
-    probe: tuple[Tensor, Tensor, Tensor, int] | None = None
+    probe: tuple[Tensor, Tensor, Tensor, int] | None = None  # start, middle, end, data_step
     history: dict[str, Any] = field(default_factory=lambda: {"train": [], "epochs": [], "sums": {}})
 
     @property
@@ -70,13 +62,7 @@ class TrainingState:
         if args.dry_run:
             left = 2
         self.total_steps = self.step + max(0, left)
-        self.lr_schedule = make_lr_schedule(
-            lr=args.lr,
-            warmup_steps=args.warmup_steps,
-            total_steps=self.total_steps,
-            step=self.step,
-            stored=self.lr_schedule,
-        )
+        self.lr_schedule = make_lr_schedule(args, self.total_steps, self.step, self.lr_schedule)
 
 
 def init_state(
@@ -113,26 +99,23 @@ def get_lr(step: int, schedule: Mapping[str, float]) -> float:
 
 
 def make_lr_schedule(
-    lr: float, warmup_steps: int, total_steps: int, step: int, stored: Mapping[str, float]
+    args: argparse.Namespace, total_steps: int, step: int, stored: Mapping[str, float]
 ) -> dict[str, float]:
-    """The schedule of `get_lr`.
+    """The schedule of `get_lr`, by the checkpoint's, which is empty for a fresh run.
 
     A resumed run whose length changed bends the curve from where it is, without a jump; with
     another --lr it begins anew.
-
-    Args:
-        stored: the schedule of the checkpoint; empty for a fresh run.
     """
     fresh = {
-        "peak_lr": lr,
-        "start_lr": lr,
+        "peak_lr": args.lr,
+        "start_lr": args.lr,
         "start_step": 0,
-        "warmup_steps": warmup_steps,
+        "warmup_steps": args.warmup_steps,
         "total_steps": total_steps,
     }
     if not stored:
         return fresh
-    if lr != stored["peak_lr"]:
+    if args.lr != stored["peak_lr"]:
         return {**fresh, "start_step": step, "warmup_steps": 0}
     is_warming_up = step < stored["start_step"] + stored["warmup_steps"]
     if is_warming_up or total_steps == stored["total_steps"]:
@@ -167,12 +150,7 @@ def probe_loss(state: TrainingState, loss: Loss, seed: int, amp_dtype: torch.dty
 def to_checkpoint(
     state: TrainingState, configs: Mapping[str, Any], epoch_steps: int
 ) -> dict[str, Any]:
-    """What `restore` and sampling read: training goes on exactly, and sampling needs no flag.
-
-    Args:
-        configs: what does not change: args, model_config, diffusion_config, clip_config and the
-            frozen predictor.
-    """
+    """What `restore` and sampling read; `configs` (of `configs_of`) are what does not change."""
     epoch, step_in_epoch = divmod(state.data_step, epoch_steps)
     return {
         "step": state.step,

@@ -2,8 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,31 +25,21 @@ class Preview(NamedTuple):
 
 
 @torch.no_grad()
-def validate(
-    ema: nn.Module,
-    objective: Objective,
-    batches: Iterable[Tensor],
-    first: int,
-    endpoint_context: int,
-) -> float:
-    """The loss of EMA over the whole held-out split.
-
-    Args:
-        batches: this process's clips of the split, [B,C,T,H,W], in order.
-        first: the number of the first of them in the split.
+def validate(objective: Objective, ema: nn.Module, loader: Any) -> float:
+    """The loss of EMA over the whole held-out split, of which the ClipLoader has a share.
 
     Raises: FloatingPointError: if the loss is not finite.
     """
-    number = first
+    first = loader.held_out.start
     total = 0.0
     count = 0
-    for clips in batches:
-        start, middle, end = split_clip(clips, endpoint_context)
-        numbers = range(number, number + len(clips))
+    for clips in loader.validation():
+        start, middle, end = split_clip(clips, objective.pipe.endpoint_context)
+        numbers = range(first, first + len(clips))
         losses = objective.validation_losses(ema, start, middle, end, numbers)
         total += sum(losses.tolist())
         count += len(losses)
-        number = numbers.stop
+        first = numbers.stop
     total, count = distributed.all_reduce_sum(total, count)
     if not math.isfinite(total):
         raise FloatingPointError(f"the validation loss must stay finite (got {total / count})")
@@ -60,11 +49,9 @@ def validate(
 def make_preview(
     pipe: MiddleFramePipeline, clips: Tensor | None, first: int, args: argparse.Namespace
 ) -> Preview | None:
-    """Regenerate the middle of held-out clips from fixed noise; on rank 0, those of all processes.
+    """Regenerate the middles of this process's clips [B,C,T,H,W], the `first` of all and on.
 
-    Args:
-        clips: this process's, [B,C,T,H,W]; None if it has none.
-        first: the number of its first clip among all.
+    Returns: on rank 0, those of all processes.
     """
     parts = None
     if clips is not None:

@@ -20,25 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from utils.io import atomic_write
+from utils.video_utils import as_pair
 
 FORMAT = 2
 # What Python, torch and zipfile raise over damaged, foreign and mutated files.
-LOAD_ERRORS = (
-    RuntimeError,
-    OSError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-)
+LOAD_ERRORS = (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError)
+LOAD_ERRORS += (AttributeError, AssertionError, ArithmeticError, MemoryError)
+LOAD_ERRORS += (struct.error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 @contextlib.contextmanager
@@ -68,10 +56,8 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], previous: Path | No
         while not isinstance(first, OSError) and first.__context__ is not None:
             first = first.__context__
         reason = getattr(first, "strerror", None) or str(first).splitlines()[0]
-        free = "no such folder"
-        if path.parent.is_dir():
-            free = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there"
-        raise OSError(f"{path} could not be written ({reason}; {free})") from error
+        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
+        raise OSError(f"{path} could not be written ({reason}; {free:.0f} MiB free)") from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -97,40 +83,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def check_values(state: dict[str, Any]) -> None:
     """Raises: ValueError and others of LOAD_ERRORS: unless the plain values can be worked with."""
     clip = state["clip_config"]
-    diffusion = state["diffusion_config"]
-    size = clip["size"]
-    sides = size if isinstance(size, list) else [size, size]
-    counts = {
-        "step": state["step"],
-        "clip_config.num_frames": clip["num_frames"],
-        "clip_config.frame_stride": clip["frame_stride"],
-        "clip_config.size": min(sides),
-        "diffusion_config.timesteps": diffusion["timesteps"],
-    }
-    for name, count in counts.items():
-        if type(count) is not int or not (name == "step") <= count + 1 < 2**31:
-            raise ValueError(f"{name} is {count!r}")
-    if len(sides) != 2 or clip["color_mode"] not in ("rgb", "gray"):
-        raise ValueError(f"clip_config is {clip}")
-    if not (0 <= diffusion["noise_correlation"] < 1 and 0 <= diffusion["noise_offset"] <= 100):
-        raise ValueError(f"diffusion_config is {diffusion}")
+    height, width = as_pair(clip["size"])
+    timesteps = state["diffusion_config"]["timesteps"]
+    noise = state["diffusion_config"]
+    counts = (clip["num_frames"], clip["frame_stride"], height, width, timesteps)
+    if not all(type(count) is int and 0 < count < 2**31 for count in counts):
+        raise ValueError(f"clip_config is {clip}, timesteps is {timesteps}")
+    if clip["color_mode"] not in ("rgb", "gray") or type(state["step"]) is not int:
+        raise ValueError(f"color_mode is {clip['color_mode']}, step is {state['step']}")
+    if not (0 <= noise["noise_correlation"] < 1 and 0 <= noise["noise_offset"] <= 100):
+        raise ValueError(f"diffusion_config is {noise}")
     history = state["history"]
     numbers = [number for pair in history["train"] for number in pair]
     numbers += [entry[name] for entry in history["epochs"] for name in ("step", "val_loss")]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("history holds what is not a number")
-    dict(state["args"]), dict(state["model_config"]), dict(state["ema"])
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Put weights into a module, strictly; half precision becomes float32.
 
-    Args:
-        module: on its device, or on "meta", where it takes the tensors themselves.
-        weights: by name.
-        source: the file to name.
+    A module on "meta" takes the tensors themselves.
 
-    Raises: ValueError: naming the first weight that is missing, unknown or of another shape.
+    Raises: ValueError: naming the file `source` and what is missing, unknown or of another shape.
     """
     with checkpoint_errors(source):
         floats = {name: weight.float() for name, weight in weights.items()}

@@ -94,12 +94,12 @@ class Parser(argparse.ArgumentParser):
     def one_line_errors(self, stopped: str = "stopped") -> Iterator[None]:
         """Around a program's body, whose errors become one line on stderr and the exit status.
 
-        2 = ValueError and OSError, which the user can mend; 1 = RunError; 130 = Ctrl-C, for which
-        the line is `stopped`.
+        2 = ValueError and OSError, which the user can mend; 1 = RunError and FloatingPointError;
+        130 = Ctrl-C, for which the line is `stopped`.
         """
         try:
             yield
-        except RunError as error:
+        except (RunError, FloatingPointError) as error:
             self.exit(1, f"{self.prog}: {error}\n")
         except (ValueError, OSError) as error:
             self.error(str(error))

@@ -1,4 +1,4 @@
-"""Bytes on disk: images in, and PNG, MP4, GIF and contact sheets out."""
+"""Files: images in; images, videos, curves and JSON out; atomic writes."""
 
 import hashlib
 import json
@@ -8,7 +8,8 @@ import struct
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,163 +20,220 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_IMAGE_PIXELS = 4096 * 4096  # refuse decompression bombs before decoding them: each pixel takes 16 bytes on the way
-# PNG, JPEG, GIF, BMP, TIFF, WebP: Pillow would try some forty formats more, one of which runs a program on the file
+MAX_IMAGE_PIXELS = 4096 * 4096  # checked before decoding
+MAX_JPEG_SCANS = 200  # each is a pass over all pixels; about ten are usual
+# PNG, JPEG, GIF, BMP, TIFF and WebP. Of forty formats more that Pillow
+# knows, one runs a program on the file.
 IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
-MAX_JPEG_SCANS = 200  # each costs a pass over all pixels, and can be 33 bytes; progressive files have about ten
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
-PREVIEW_PIXELS = 96  # small frames are enlarged to about this
-OBSERVED_COLOUR, GENERATED_COLOUR = (240, 150, 30), (60, 60, 60)  # frame borders on contact sheets
+# What Pillow raises for damaged files.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError)
+IMAGE_ERRORS += (ArithmeticError, struct.error)
+
+PREVIEW_PIXELS = 96  # small frames are enlarged to about this width
+BORDER = 3  # pixels around a frame of a contact sheet
+OBSERVED_COLOUR = (240, 150, 30)
+GENERATED_COLOUR = (60, 60, 60)
 
 
 def read_image(path: str | Path) -> Tensor:
-    """One still image as RGB, uint8 [3,H,W]; a ValueError names the file if it is missing, too large or not an image.
+    """Read a still image as RGB, uint8 [3,H,W].
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit gray is reduced to its upper 8 bits, and of an
-    animation the first frame is taken.
+    EXIF orientation is applied, transparency is laid over white, 16-bit
+    gray keeps its upper 8 bits, an animation gives its first frame.
+
+    Raises: ValueError: if the file is missing, too large or no image.
     """
     path = Path(path).absolute()
-    if not path.is_file():  # a FIFO or device would block for ever
-        raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such image file'}")
+    # A FIFO or a device would block for ever.
+    if not path.is_file():
+        what = "not a regular file" if path.exists() else "no such image file"
+        raise ValueError(f"{path}: {what}")
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
-            if not start.startswith(IMAGE_STARTS):
-                raise ValueError("neither PNG, JPEG, GIF, BMP, TIFF nor WebP")
-            if start.startswith(IMAGE_STARTS[1]) and file.read(2**26).count(b"\xff\xda") > MAX_JPEG_SCANS:
-                raise ValueError(f"a JPEG may have {MAX_JPEG_SCANS} scans at most")
-        # Pillow warns of large images, where our bound is lower, and of odd metadata.
-        with warnings.catch_warnings(action="ignore"), iio.imopen(path, "r", plugin="pillow") as image:
-            found = image.properties(index=0)  # of the header alone, where its metadata would decode a whole PNG
-            height, width = found.shape[:2]
-            if width * height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"an image may have {MAX_IMAGE_PIXELS} pixels at most, got {width}x{height}")
-            deep_gray = found.dtype == np.uint16
-            pixels = image.read(index=0, mode=None if deep_gray else "RGBA", rotate=True)
-    except IMAGE_ERRORS as error:  # all that Pillow raises for one damage or another
-        first: BaseException = error
-        while first.__cause__ is not None:  # imageio speaks of a missing plugin, whatever it was
-            first = first.__cause__
-        words = (str(first).splitlines() or [""])[0]
-        reason = words if type(first) is ValueError else f"{type(first).__name__}: {words}"
+        pixels = _decode_image(path)
+    except IMAGE_ERRORS as error:
+        # imageio blames a missing plugin, with the truth as its cause.
+        cause = error.__cause__ or error
+        reason = str(cause).partition("\n")[0]
+        if type(cause) is not ValueError:
+            reason = f"{type(cause).__name__}: {reason}"
         raise ValueError(f"{path}: not a readable image ({reason})") from error
-    if deep_gray:
-        return torch.from_numpy((pixels >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
+
+    if pixels.dtype == np.uint16:
+        gray = torch.from_numpy((pixels >> 8).astype(np.uint8))
+        return gray.expand(3, -1, -1).contiguous()
     rgb = torch.empty(3, *pixels.shape[:2], dtype=torch.uint8)
-    for i, row in enumerate(pixels):  # row by row, as 16-bit copies of a large image would fill the memory
+    # Row by row, because 16-bit copies of a large image fill the memory.
+    for i, row in enumerate(pixels):
         colour, alpha = np.split(row.astype(np.uint16), [3], axis=1)
-        rgb[:, i] = torch.from_numpy(((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8).T)
+        over_white = (colour * alpha + 255 * (255 - alpha) + 127) // 255
+        rgb[:, i] = torch.from_numpy(over_white.astype(np.uint8).T)
     return rgb
 
 
-def frames_last(clip: Tensor) -> np.ndarray:
-    """A uint8 clip [C,T,H,W] as the writers want it, [T,H,W,3]; a gray channel is repeated."""
-    return clip.expand(3, -1, -1, -1).permute(1, 2, 3, 0).cpu().contiguous().numpy()
+def _decode_image(path: Path) -> np.ndarray:
+    """RGBA, uint8 [H,W,4], or deep gray, uint16 [H,W]."""
+    with path.open("rb") as file:
+        start = file.read(4)
+        scans = file.read(2**26).count(b"\xff\xda")
+    if not start.startswith(IMAGE_STARTS):
+        raise ValueError("neither PNG, JPEG, GIF, BMP, TIFF nor WebP")
+    if start.startswith(b"\xff\xd8") and scans > MAX_JPEG_SCANS:
+        raise ValueError(f"a JPEG may have {MAX_JPEG_SCANS} scans at most")
+
+    # Pillow warns of large images and of odd metadata.
+    with warnings.catch_warnings(action="ignore"), iio.imopen(path, "r", plugin="pillow") as image:
+        # The properties are in the header: nothing is decoded yet.
+        found = image.properties(index=0)
+        height, width = found.shape[:2]
+        if width * height > MAX_IMAGE_PIXELS:
+            rule = f"an image may have {MAX_IMAGE_PIXELS} pixels at most"
+            raise ValueError(f"{rule}, got {width}x{height}")
+        mode = None if found.dtype == np.uint16 else "RGBA"
+        return image.read(index=0, mode=mode, rotate=True)
+
+
+def _frames_last(clip: Tensor) -> np.ndarray:
+    rgb = clip.expand(3, -1, -1, -1)
+    return rgb.permute(1, 2, 3, 0).cpu().contiguous().numpy()  # [T,H,W,3]
 
 
 def save_png(path: str | Path, image: Tensor) -> None:
-    """Write a uint8 image [C,H,W], C = 1 or 3, losslessly."""
+    """Write uint8 [C,H,W], C = 1 or 3, without loss."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
-    pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
-    # as bytes first: on a full disk imageio would print a traceback of its own
-    Path(path).write_bytes(iio.imwrite("<bytes>", pixels, plugin="pillow", extension=".png"))
+    if pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    # As bytes first: on a full disk imageio prints its own traceback.
+    encoded = iio.imwrite("<bytes>", pixels, plugin="pillow", extension=".png")
+    Path(path).write_bytes(encoded)
 
 
 def save_gif(path: str | Path, clip: Tensor, fps: float) -> None:
-    """Write a uint8 clip [C,T,H,W] as a looping GIF."""
-    iio.imwrite(path, frames_last(clip), plugin="pillow", extension=".gif", duration=1000 / fps, loop=0)
+    """Write a clip uint8 [C,T,H,W] as a looping GIF."""
+    frames = _frames_last(clip)
+    iio.imwrite(path, frames, plugin="pillow", extension=".gif", duration=1000 / fps, loop=0)
 
 
-def save_mp4(path: str | Path, clip: Tensor, fps: int, preset: str = "veryfast", lossless: bool = False) -> None:
-    """Write a uint8 clip [C,T,H,W] as H.264; a preview for eyes, since its colours are subsampled where sizes are even.
+def save_mp4(
+    path: str | Path, clip: Tensor, fps: int, preset: str = "veryfast", lossless: bool = False
+) -> None:
+    """Write a clip uint8 [C,T,H,W] as H.264.
 
     Args:
-        preset: x264's, from "ultrafast" to "placebo": slower ones lose less at the same size.
-        lossless: keep every bit, in RGB; larger, and not every player shows it.
+        preset: of x264; slower ones lose less at the same size.
+        lossless: keep every bit; not every player shows such a file.
     """
-    frames = frames_last(clip)
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264rgb" if lossless else "libx264", rate=fps)
-        stream.height, stream.width = frames.shape[1:3]
-        odd = frames.shape[1] % 2 or frames.shape[2] % 2
-        stream.pix_fmt = "rgb24" if lossless else "yuv444p" if odd else "yuv420p"
-        quality = {"qp": "0"} if lossless else {"crf": "12"}
-        # x264's macroblock tree reads past the rows of frames as narrow as ours: the same clip then gives other bytes
-        stream.options = quality | {"preset": preset, "threads": "1", "mbtree": "0"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    frames = _frames_last(clip)
+    index_first = {"movflags": "faststart"}
+    with av.open(str(path), "w", format="mp4", options=index_first) as container:
+        stream = add_h264_stream(container, frames.shape[1:3], fps, lossless)
+        stream.options = {**stream.options, "preset": preset}
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
+def add_h264_stream(
+    container: Any, size: Sequence[int], rate: int | Fraction, lossless: bool
+) -> av.VideoStream:
+    """Add an H.264 stream for frames of (height, width)."""
+    codec = "libx264rgb" if lossless else "libx264"
+    stream = container.add_stream(codec, rate=rate)
+    stream.height, stream.width = size
+    odd = stream.height % 2 or stream.width % 2
+    stream.pix_fmt = "rgb24" if lossless else "yuv444p" if odd else "yuv420p"
+    quality = {"qp": "0"} if lossless else {"crf": "12"}
+    # The same clip must give the same bytes, but x264's macroblock tree
+    # reads past the rows of narrow frames.
+    stream.options = {**quality, "threads": "1", "mbtree": "0"}
+    return stream
+
+
 def enlarge(frames: Tensor, size: int) -> Tensor:
-    """Frames [...,H,W] of `size` pixels repeated so that each is near 96 pixels wide; larger ones are left alone."""
+    """Repeat pixels of frames [...,H,W], `size` wide, to about 96."""
     scale = max(1, PREVIEW_PIXELS // size)
     return frames.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
 
 
 def contact_sheet(rows: Sequence[Tensor], observed: Sequence[bool]) -> Tensor:
-    """Clips uint8 [C,T,H,W] of one shape as rows of bordered frames: one image, uint8 [3,H',W']."""
-    return torch.cat([torch.cat(bordered(clip, observed).unbind(1), dim=2) for clip in rows], dim=1)
+    """Clips uint8 [C,T,H,W] as rows of bordered frames: uint8 [3,H',W']."""
+    sheets = [torch.cat(bordered(clip, observed).unbind(1), dim=2) for clip in rows]
+    return torch.cat(sheets, dim=1)
 
 
 def bordered(clip: Tensor, observed: Sequence[bool]) -> Tensor:
-    """A clip uint8 [C,T,H,W], enlarged, each frame with a border that says if it was given: uint8 [3,T,H',W']."""
+    """Enlarge a clip and mark its observed frames: uint8 [3,T,H',W']."""
     tiles = enlarge(clip.cpu().expand(3, -1, -1, -1), clip.shape[-1])
-    colours = torch.tensor([OBSERVED_COLOUR if given else GENERATED_COLOUR for given in observed], dtype=torch.uint8)
-    frames = colours.T[:, :, None, None].repeat(1, 1, tiles.shape[2] + 6, tiles.shape[3] + 6)
-    frames[:, :, 3:-3, 3:-3] = tiles
+    height, width = tiles.shape[2:]
+    colours = [OBSERVED_COLOUR if given else GENERATED_COLOUR for given in observed]
+    frames = torch.tensor(colours, dtype=torch.uint8).T[:, :, None, None]
+    frames = frames.repeat(1, 1, height + 2 * BORDER, width + 2 * BORDER)
+    frames[:, :, BORDER:-BORDER, BORDER:-BORDER] = tiles
     return frames
 
 
 def observed_frames(num_frames: int, endpoint_context: int) -> list[bool]:
-    """Which of a clip's frames are given to the model: the first and the last `endpoint_context`."""
-    return [i < endpoint_context or i >= num_frames - endpoint_context for i in range(num_frames)]
+    """Which frames of a clip are given: the first and the last K."""
+    k = endpoint_context
+    return [i < k or i >= num_frames - k for i in range(num_frames)]
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def atomic_write(path: str | Path, previous: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a file whose bytes take the place of `path` once they are whole; what was there is kept at `previous`.
+def temporary_path(path: str | Path) -> Iterator[Path]:
+    """Yield a name beside `path` for a file or a folder, which then replaces `path`.
 
-    They go to a temporary name in the same folder and are flushed to disk first, and the folder after them, so that
-    `path` is at any instant, a loss of power included, the previous or the next whole file; errors leave it untouched.
+    If an error occurs, it is removed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)
     try:
+        yield temporary
+        temporary.replace(path)
+        _fsync_dir(path.parent)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: str | Path, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file that replaces `path` once it is whole and on disk.
+
+    At any instant, even if power is lost, `path` is the old or the new
+    whole file. The old one is kept at `previous`.
+    """
+    path = Path(path)
+    with temporary_path(path) as temporary:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.is_file():
-            second_name(path, previous)
-        temporary.replace(path)
-        fsync_dir(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+            _second_name(path, previous)
 
 
-def second_name(path: Path, other: Path) -> None:
-    """Make `other` a hard link to `path`, in one instant; a copy where the file system has no links."""
-    temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
+def _second_name(path: Path, other: Path) -> None:
+    with temporary_path(other) as temporary:
         try:
             os.link(path, temporary)
-        except OSError:
+        except OSError:  # this file system has no links
             shutil.copyfile(path, temporary)
-        temporary.replace(other)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def fsync_dir(folder: Path) -> None:
-    """Flush a folder's own entries to disk, where the system can."""
+def _fsync_dir(folder: Path) -> None:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # Windows opens no folders
@@ -187,29 +245,50 @@ def fsync_dir(folder: Path) -> None:
 
 
 def remove_stale_temporaries(folder: Path, untouched: float = 0.0) -> None:
-    """Delete the temporary files (.NAME.PROCESS.tmp) of killed processes, if not written to for `untouched` seconds.
+    """Delete what killed processes left, unless written to within `untouched` seconds.
 
-    Processes of other machines cannot be seen: where they share the folder, `untouched` protects their files.
+    That protects the files of other machines, whose processes cannot be seen.
     """
+    if os.name == "nt":  # there, to ask for a process may interrupt it
+        return
     for path in folder.glob(".*.tmp"):
         process = path.name.split(".")[-2]
-        if os.name == "nt":  # where asking for a process may interrupt it
-            return
-        if process.isdecimal() and not is_running(int(process)) and time.time() - path.stat().st_mtime >= untouched:
-            path.unlink(missing_ok=True)
+        if not process.isdecimal() or _is_running(int(process)):
+            continue
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - path.stat().st_mtime >= untouched:
+                _remove(path)
 
 
-def is_running(process: int) -> bool:
-    """Whether there is a process of that number on this machine."""
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # another error: it is somebody else's
+        # Any other error means that it is somebody else's process.
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
-def save_training_curves(file: Path | BinaryIO, history: dict[str, Any], file_format: str = "png") -> bool:
-    """Plot losses and PSNR over steps; returns False, having done nothing, if matplotlib is not installed."""
+def make_out_dir(path: str | Path, flag: str = "--out_dir") -> Path:
+    """Make the folder that a flag names; ValueError if that fails."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} must be a folder (got {path}: {error.strerror})") from error
+    return path
+
+
+def save_json(path: str | Path, value: Any) -> None:
+    """Write a readable JSON file, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def save_training_curves(
+    file: Path | BinaryIO, history: dict[str, Any], file_format: str = "png"
+) -> bool:
+    """Plot losses and PSNR over steps; False if there is no matplotlib."""
     if find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure
@@ -217,13 +296,9 @@ def save_training_curves(file: Path | BinaryIO, history: dict[str, Any], file_fo
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss, quality = figure.subplots(1, 2)
     loss.plot(*zip(*history["train"], strict=True), label="training", alpha=0.5)
-    labels = {"val_loss": "validation (EMA)", "psnr": "generated", "psnr_cross_fade": "cross-fade"}
-    for key, label in labels.items():
-        axes = loss if key == "val_loss" else quality
-        shown = [(entry["step"], entry[key]) for entry in history["epochs"] if key in entry]
-        if shown:
-            axes.plot(*zip(*shown, strict=True), "o-", label=label)
-            axes.legend()
+    _plot_epochs(loss, history, "val_loss", "validation (EMA)")
+    _plot_epochs(quality, history, "psnr", "generated")
+    _plot_epochs(quality, history, "psnr_cross_fade", "cross-fade")
     loss.set(xlabel="step", ylabel="loss", yscale="log")
     loss.legend()
     quality.set(xlabel="step", ylabel="PSNR of the middle, dB")
@@ -231,7 +306,8 @@ def save_training_curves(file: Path | BinaryIO, history: dict[str, Any], file_fo
     return True
 
 
-def save_json(path: str | Path, value: Any) -> None:
-    """Write a readable JSON file, atomically."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+def _plot_epochs(axes: Any, history: dict[str, Any], key: str, label: str) -> None:
+    shown = [(entry["step"], entry[key]) for entry in history["epochs"] if key in entry]
+    if shown:
+        axes.plot(*zip(*shown, strict=True), "o-", label=label)
+        axes.legend()
