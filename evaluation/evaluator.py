@@ -16,7 +16,7 @@ from data.video_reader import DECODE_ERRORS
 from diffusion.noise import SAMPLE, generator_for
 from diffusion.pipeline import MiddleFramePipeline
 from diffusion.sampler import forwards_per_clip
-from evaluation.baselines import load_baseline
+from evaluation.baselines import BASELINES
 from evaluation.fvd import I3D
 from evaluation.metrics import Scorer, diversity
 from evaluation.results import Line, PerClipResults
@@ -52,12 +52,11 @@ def pipeline_method(
     return Method(f"ours, {describe_settings(settings)}", samples, nfe, generate)
 
 
-def baseline_method(name: str, device: torch.device, num_middle: int) -> Method:
+def baseline_method(name: str, num_middle: int) -> Method:
     """A baseline, which has one answer and no network of ours."""
-    baseline = load_baseline(name, device)
 
     def generate(start, end, keys):
-        return baseline(start, end, num_middle)
+        return BASELINES[name](start, end, num_middle)
 
     return Method(name.replace("_", "-"), samples=1, nfe=0, generate=generate)
 
@@ -122,6 +121,7 @@ class Evaluator:
         """Score every clip that `results` does not hold.
 
         Returns: the lines of all, and the clips that could not be read.
+        Raises: ValueError: if none could.
         """
         # A batch with a clip missing is scored whole: after a stop, scores are
         # those of an undisturbed run, bit for bit.
@@ -144,7 +144,10 @@ class Evaluator:
                 lines = self.score(clips)
                 results.add([{**line, "source": sources[line["clip"]]} for line in lines])
         results.tidy()
-        return results.scored(sources), failures
+        lines = results.scored(sources)
+        if not lines:
+            raise ValueError(f"--data_root: no clip could be read: {'; '.join(failures)}")
+        return lines, failures
 
     def score(self, clips: Mapping[int, Tensor]) -> list[Line]:
         """Lines of scores of clips uint8 [C,T,H,W] by number."""

@@ -72,11 +72,8 @@ class I3D:
         size = (I3D_SIZE, I3D_SIZE)
         frames = F.interpolate(frames, size=size, mode="bilinear", align_corners=False)
         large = frames.unflatten(0, (b, t)).transpose(1, 2)  # [B,3,T,224,224]
+        call = {"rescale": False, "resize": False, "return_features": True}
         try:
-            features = self.network(
-                large.to(self.device), rescale=False, resize=False, return_features=True
-            )
+            return self.network(large.to(self.device), **call).cpu().double().numpy()
         except RuntimeError as error:
-            reason = str(error).strip()[-200:]
-            raise ValueError(f"--fvd_weights: not the I3D of {I3D_URL} ({reason})") from error
-        return features.cpu().double().numpy()
+            raise ValueError(f"--fvd_weights: not the I3D of {I3D_URL}: {error}") from error

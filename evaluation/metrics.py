@@ -5,7 +5,6 @@ Frames are [B,C,M,H,W] and contexts [B,C,K,H,W], in [-1, 1]. A function scores e
 """
 
 from collections.abc import Container
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,9 +15,7 @@ from torch.hub import get_dir
 from utils.io import file_sha256
 from utils.video_utils import (
     PSNR_CEILING,
-    FrameSize,
     as_double,
-    as_pair,
     frame_psnr,
     join_clip,
     resize,
@@ -39,21 +36,10 @@ def alexnet_path() -> Path:
     return Path(get_dir(), "checkpoints", Path(ALEXNET_URL).name)
 
 
-def missing_metrics(size: FrameSize) -> dict[str, str]:
-    """What SSIM and LPIPS need, for each that cannot be computed."""
-    if find_spec("torchmetrics") is None:
-        return dict.fromkeys(("ssim", "lpips"), "pip install torchmetrics")
-
-    missing = {}
-    if min(as_pair(size)) < SSIM_WINDOW:
-        missing["ssim"] = f"--size {SSIM_WINDOW} or more (got {size})"
-    # Without the file torchmetrics would download it.
+def has_alexnet() -> bool:
+    """Whether it is there and undamaged; torchmetrics would download it."""
     path = alexnet_path()
-    if not path.is_file():
-        missing["lpips"] = f"{ALEXNET_URL} as {path}"
-    elif not file_sha256(path).startswith(ALEXNET_SHA256):
-        missing["lpips"] = f"{path} undamaged, with a sha256 of {ALEXNET_SHA256}..."
-    return missing
+    return path.is_file() and file_sha256(path).startswith(ALEXNET_SHA256)
 
 
 def levels(frames: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import imageio.v3 as iio
 import torch
 
 from evaluation.evaluator import Evaluator
-from evaluation.protocols import PROTOCOLS, notes
-from evaluation.results import Line, PerClipResults, error_by_position, summarise
+from evaluation.protocols import PUBLISHED, notes
+from evaluation.results import Line, PerClipResults, summarise
 from utils.io import atomic_write, bordered, observed_frames, save_json, save_training_curves
 from utils.video_utils import cross_fade, join_clip, split_clip, to_float, to_uint8
 
@@ -49,32 +49,29 @@ def write_report(
         facts: what else metrics.json holds, such as versions.
         history: of training; None without a model.
     """
-    names = [method.name for method in evaluator.methods]
     settings = results.settings
-    k = settings["endpoint_context"]
-    report = {
-        "clips": len(lines),
-        "rows": [row for name in names for row in summarise(lines, name, names[0])],
-        "frames": list(range(k, settings["num_frames"] - k)),
-        "positions": {name: error_by_position(lines, name) for name in names},
-        "notes": notes(settings, len(lines)),
-        "failures": failures,
-        "settings": settings,
-        **facts,
-    }
-    text = [*table_lines(score_cells(report["rows"])), ""]
-    text += [f"- {note}" for note in report["notes"]]
+    names = settings["methods"]
+    rows = [row for name in names for row in summarise(lines, name, names[0])]
+    text = [*table_lines(score_cells(rows)), ""]
+    text += [f"- {note}" for note in notes(settings, len(lines))]
     text += [f"- left out, unreadable: {failure}" for failure in failures]
-    published = PROTOCOLS[settings["protocol"]].published
-    if published:
-        text += ["", *table_lines(published)]
+    if settings["protocol"] == "mcvd":
+        text += ["", *table_lines(PUBLISHED)]
     table = "\n".join([*text, ""])
-    page = as_page(report, table, animations(evaluator, lines), history)
+    facts = {"clips": len(lines), "failures": failures, "settings": settings, **facts}
+    parts = {
+        "Scores": f"<pre>{html.escape(table)}</pre>",
+        "Clips": animations(evaluator, lines),
+        "Curves": plot_curves(rows, settings["endpoint_context"], history),
+        "Settings": f"<pre>{html.escape(json.dumps(facts, indent=2))}</pre>",
+    }
+    body = "".join(f"<h2>{name}</h2>\n{part}\n" for name, part in parts.items())
+    page = f'<!DOCTYPE html>\n<meta charset="utf-8"><style>{STYLE}</style>\n{body}'
     folder = results.path.parent
     for name, text in (("table.md", table), ("report.html", page)):
         with atomic_write(folder / name) as file:
             file.write(text.encode())
-    save_json(folder / "metrics.json", report)
+    save_json(folder / "metrics.json", {**facts, "rows": rows})
     print(f"\n{table}\n{folder / 'report.html'}")
 
 
@@ -111,46 +108,29 @@ def table_lines(cells: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def as_page(
-    report: Mapping[str, Any], table: str, pictures: str, history: Mapping[str, Any] | None
-) -> str:
-    """One page that loads nothing: tables, animations, curves, settings."""
-    settings = {name: value for name, value in report.items() if name not in ("rows", "notes")}
-    parts = {
-        "Scores": f"<pre>{html.escape(table)}</pre>",
-        "Clips": pictures,
-        "Settings": f"<pre>{html.escape(json.dumps(settings, indent=2))}</pre>",
-    }
-    if find_spec("matplotlib") is not None:
-        plots = {"Curves": plot_curves(report)}
-        if history and history["train"]:
-            plots["Training"] = io.BytesIO()
-            save_training_curves(plots["Training"], history, "svg")
-        for name, file in plots.items():
-            # The element, without the head of an SVG file.
-            parts[name] = "<svg" + file.getvalue().decode().partition("<svg")[2]
-    body = "".join(f"<h2>{name}</h2>\n{part}\n" for name, part in parts.items())
-    return f'<!DOCTYPE html>\n<meta charset="utf-8"><style>{STYLE}</style>\n{body}'
-
-
-def plot_curves(report: Mapping[str, Any]) -> io.BytesIO:
-    """PSNR of each generated frame, and of each method against its NFE, as SVG."""
+def plot_curves(rows: Sequence[Line], k: int, history: Mapping[str, Any] | None) -> str:
+    """PSNR of each frame from `k` on, PSNR against NFE, and training's curves, as SVG."""
+    if find_spec("matplotlib") is None:
+        return ""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     by_frame, by_work = figure.subplots(1, 2)
-    for name, values in report["positions"].items():
-        by_frame.plot(report["frames"], values, "o-", label=name)
-    by_frame.set(xlabel="generated frame", ylabel="PSNR, dB")
-    for row in report["rows"]:
+    for row in rows:
         if row["kind"] == "mean":
-            psnr = row["scores"]["psnr"]["mean"]
-            by_work.plot(row["nfe"], psnr, "o", label=row["method"])
+            values = row["psnr_frames"]
+            by_frame.plot(range(k, k + len(values)), values, "o-", label=row["method"])
+            by_work.plot(row["nfe"], row["scores"]["psnr"]["mean"], "o")
+    by_frame.set(xlabel="generated frame", ylabel="PSNR, dB")
     by_work.set(xlabel="NFE per sample")
-    by_work.legend(fontsize="x-small")
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return file
+    figure.legend(fontsize="small", loc="outside right upper")
+    files = [io.BytesIO()]
+    figure.savefig(files[0], format="svg", metadata={"Date": None})
+    if history and history["train"]:
+        files.append(io.BytesIO())
+        save_training_curves(files[1], history, "svg")
+    # The elements, without the heads of SVG files.
+    return "".join("<svg" + x.getvalue().decode().partition("<svg")[2] for x in files)
 
 
 def animations(evaluator: Evaluator, lines: Sequence[Line]) -> str:

@@ -106,7 +106,8 @@ def summarise(lines: Sequence[Line], method: str, first: str) -> list[Line]:
     """The rows of one method.
 
     A single sample has one. N have the mean of their scores, the scores of
-    their mean image, and the best of 10 and of N for each clip and score.
+    their mean image, and the best of 10 and of N for each clip and score. The
+    mean has psnr_frames, too, of each middle frame in time order.
 
     Args:
         first: the method of the first row. The mean has the differences from
@@ -129,6 +130,8 @@ def summarise(lines: Sequence[Line], method: str, first: str) -> list[Line]:
 
     means = {name: values.mean(axis=1) for name, values in table.items()}
     mean = row("mean", n, means)
+    samples = [sample for entry in entries for sample in entry["samples"]]
+    mean["psnr_frames"] = np.mean([x["psnr_frames"] for x in samples], axis=0).tolist()
     if method != first:
         for name, values in score_table(lines, first).items():
             mean["versus_first"][name] = estimate(means[name] - values.mean(axis=1))
@@ -159,9 +162,3 @@ def video_distance(lines: Sequence[Line], method: str) -> float:
     generated = np.array([line["methods"][method]["features"] for line in lines])
     samples = generated.swapaxes(0, 1)  # [N,clips,D]
     return float(np.mean([feature_distance(sample, truth) for sample in samples]))
-
-
-def error_by_position(lines: Sequence[Line], method: str) -> list[float]:
-    """Mean PSNR in dB of each middle frame, in time order."""
-    samples = [x for line in lines for x in line["methods"][method]["samples"]]
-    return np.mean([x["psnr_frames"] for x in samples], axis=0).tolist()

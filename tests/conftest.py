@@ -122,22 +122,26 @@ def square_videos(tmp_path_factory):
 # --- training -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Leave out of training what is slow and what few tests are about.
+def leave_out_what_is_slow(patch):
+    """Take out of training what few tests are about.
 
     These are flushing to disk, the list of installed packages, curves, and most pairs of clip and
-    noise level of validation. Fixtures of a wider scope are set up before it, and leave out
-    nothing.
+    noise level of validation.
     """
     import diffusion.loss
     import training.logger
     import utils.io
 
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(training.logger, "describe_machine", lambda device: {})
-    monkeypatch.setattr(utils.io, "save_training_curves", lambda file, history: False)
-    monkeypatch.setattr(diffusion.loss, "VALIDATION_PAIRS", 8)
+    patch.setattr(os, "fsync", lambda descriptor: None)
+    patch.setattr(training.logger, "describe_machine", lambda device: {})
+    patch.setattr(utils.io, "save_training_curves", lambda file, history: False)
+    patch.setattr(diffusion.loss, "VALIDATION_PAIRS", 8)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """`leave_out_what_is_slow`, but not of fixtures of a wider scope, which are set up before."""
+    leave_out_what_is_slow(monkeypatch)
 
 
 def run(out_dir, flags="", *given, status=0, stop=None, stage=None, by=signal.SIGTERM):

@@ -1,6 +1,5 @@
 """The benchmarks: their references compute what ours does, and their ratios are what they say."""
 
-import pytest
 import torch
 
 from benchmarks import bench_sampling, bench_training, measure
@@ -8,14 +7,12 @@ from diffusion.sampler import sample_middle
 from diffusion.schedule import DiffusionSchedule
 from models.video_unet3d import VideoUNet3D
 
-CPU = torch.device("cpu")
-
 
 def test_variants_run_in_turn_and_ratios_are_taken_within_each_round():
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = measure.time_variants(runs, rounds=2, device=CPU)
-    assert "".join(order) == "ababab" and len(seconds["a"]) == len(seconds["b"]) == 2
+    seconds = measure.time_variants(runs, rounds=2, device=torch.device("cpu"))
+    assert "".join(order) == "ababab" and [len(seconds[name]) for name in "ab"] == [2, 2]
     rows = measure.compare({"slow": [4.0, 8.0, 6.0], "fast": [1.0, 4.0, 2.0]}, clips=4)
     assert [row["ratio"] for row in rows] == [1.0, 3.0]  # 4, 2 and 3 times
     assert (rows[1]["ratio_low"], rows[1]["ratio_high"]) == (2.0, 4.0)
@@ -37,32 +34,34 @@ def test_the_original_sampler_gives_the_same_frames_with_two_forwards_per_step()
         noise = torch.Generator().manual_seed(1)
         settings = {"num_middle": 4, "steps": 3, "guidance_scale": 1.8, "generator": noise}
         middles.append(sample_middle(network, DiffusionSchedule(), *contexts, **settings))
-    # Float32 convolutions in another order, over three steps.
-    torch.testing.assert_close(*middles, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*middles, rtol=1e-4, atol=1e-4)  # float32, in another order
     assert batches == [2] * 6
 
 
 def test_the_original_training_step_leads_to_the_same_weights():
     changes = {"base_channels": 12, "size": 16, "batch_size": 2, "ema_update_after_step": 0}
     args = bench_training.training_args("demo", **changes)
-    step, ours = bench_training.our_step(args, CPU)
-    original_step, original = bench_training.original_step(args, CPU)
-    start = [parameter.clone() for parameter in ours.model.parameters()]
-    for _ in range(2):
+    cpu = torch.device("cpu")
+    step, ours = bench_training.our_step(args, cpu)
+    original_step, original = bench_training.original_step(args, cpu)
+
+    def weights(network):
+        return torch.cat([parameter.flatten() for parameter in network.parameters()])
+
+    start = weights(ours.model)
+    for _ in range(3):
         step()
         original_step()
-    for name in ("model", "ema"):
-        weights = [list(getattr(state, name).parameters()) for state in (ours, original)]
-        moved = sum((a - b).abs().sum() for a, b in zip(weights[1], start, strict=True))
-        apart = sum((a - b).abs().sum() for a, b in zip(*weights, strict=True))
-        # Adam divides by the gradient's size: where that is rounding, steps may differ.
-        assert 0 < apart < 0.1 * moved
+    # Adam divides by the gradient's size: where that is rounding, steps may differ.
+    for a, b in ((ours.model, original.model), (ours.ema, original.ema)):
+        moved = (weights(b) - start).abs().sum()
+        assert (weights(a) - weights(b)).abs().sum() < 0.05 * moved
 
 
 def test_counted_operations_are_those_of_the_design():
     # 239 GFLOP of 3-D convolutions; encoder, FiLM and attention come on top.
     flops = bench_training.forward_flops(bench_training.training_args("default"))
-    assert 239 < flops / 1e9 < 1.03 * 239
+    assert 239e9 < flops < 1.03 * 239e9
 
 
 def test_sampling_is_timed_from_a_checkpoint(ckpt, tmp_path, capsys, monkeypatch):
@@ -71,6 +70,3 @@ def test_sampling_is_timed_from_a_checkpoint(ckpt, tmp_path, capsys, monkeypatch
     assert bench_sampling.main(["--ckpt", str(ckpt), *flags]) == 0
     assert "| ours, 2 steps, guidance 1.8: 4 NFE |" in capsys.readouterr().out
     assert (tmp_path / "sampling.json").is_file()
-    with pytest.raises(SystemExit) as stop:
-        bench_sampling.main(["--ckpt", "none.pt", *flags])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -8,55 +8,24 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-import torch
-from conftest import moving_square
+from conftest import moving_square, tiny_checkpoint, words
 from test_metrics import save_small_network
 
+import evaluate_video_ddpm
 from data.kinetics_video_dataset import DecodedFrames
 from data.video_index import usable_videos
 from diffusion.noise import SAMPLE, generator_for
 from diffusion.pipeline import MiddleFramePipeline
-from evaluate_video_ddpm import main
-from evaluation import report
+from evaluation import metrics, report
 from evaluation.evaluator import Evaluator, describe_settings
 from evaluation.fvd import feature_distance
-from evaluation.results import CONFIDENCE, PerClipResults, estimate, read_lines, summarise
+from evaluation.results import CONFIDENCE, estimate, read_lines, summarise
 from models.predictor import FramePredictor
-from models.video_unet3d import VideoUNet3D
-from utils.checkpoint import save_checkpoint
-from utils.io import save_mp4
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.io import file_sha256, save_mp4
 from utils.video_utils import cross_fade, frame_psnr, split_clip, to_float
 
 pytest.importorskip("torchmetrics")
-
-
-def random_network(network, **config):
-    """A network's config and weights; the layers that start at zero are shaken, too."""
-    torch.manual_seed(0)
-    weights = network(**config).state_dict()
-    weights = {name: value + 0.05 * torch.randn(value.shape) for name, value in weights.items()}
-    return {"config": config, "weights": weights}
-
-
-def make_checkpoint(folder, data_root, refining=False, channels=3, k=2, t=8):
-    config = {"image_channels": channels, "endpoint_context": k}
-    unet = {"base_channels": 12, "channel_mults": [1, 2], "temporal_attn_levels": [1]}
-    network = random_network(VideoUNet3D, **config, **unet, res_blocks=1)
-    clip = {"num_frames": t, "size": 16, "frame_stride": 1, "color_mode": "rgb"}
-    noise = {"noise_offset": 0.0, "noise_correlation": 0.0}
-    args = {"data_root": str(data_root), "cache_dir": str(folder / "cache"), "val_ratio": 0.3}
-    checkpoint = {
-        "step": 2,
-        "ema": network["weights"],
-        "model_config": network["config"],
-        "predictor": random_network(FramePredictor, **config, width=8) if refining else None,
-        "diffusion_config": {"timesteps": 100, "schedule": "cosine", **noise},
-        "clip_config": {**clip, "color_mode": "rgb" if channels == 3 else "gray"},
-        "args": {**args, "train": "diffusion", "seed": 0, "max_videos": None},
-        "history": {"train": [[1, 0.5], [2, 0.4]], "epochs": []},
-    }
-    save_checkpoint(folder / "tiny.pt", checkpoint)
-    return folder / "tiny.pt"
 
 
 @pytest.fixture(scope="module")
@@ -69,31 +38,26 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture
-def ckpt(tmp_path, clips):
-    return make_checkpoint(tmp_path, clips)
-
-
-@pytest.fixture
 def scored(monkeypatch):
     """The numbers of the clips that were scored, in order."""
-    numbers = []
-    score = Evaluator.score
+    numbers, score = [], Evaluator.score
     monkeypatch.setattr(Evaluator, "score", lambda self, x: numbers.extend(x) or score(self, x))
     return numbers
 
 
 @pytest.fixture
 def evaluate(tmp_path, clips, ckpt, monkeypatch):
-    """Run the script without plots; returns metrics.json."""
+    """Run the script without what is slow; returns metrics.json."""
     monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluate_video_ddpm, "describe_machine", lambda device: {})
 
     def run(*flags, out="out", checkpoint=ckpt, status=0, data=("--data_root", clips)):
-        argv = [*data, "--out_dir", tmp_path / out, "--baselines", "nearest", "cross_fade"]
-        argv += [] if "--split" in flags else ["--split", "all"]
+        argv = ["--out_dir", tmp_path / out, *words("--split all --baselines nearest cross_fade")]
+        argv += data
         argv += ["--ckpt", checkpoint, "--steps", 2] if checkpoint else []
         try:
             # Of a flag that is given twice, the last one counts.
-            result = main(list(map(str, [*argv, *flags])))
+            result = evaluate_video_ddpm.main(list(map(str, [*argv, *flags])))
         except SystemExit as stop:
             result = stop.code
         assert result == status
@@ -111,30 +75,26 @@ def lines_of(folder):
     return lines
 
 
-def test_a_run_leaves_a_table_and_a_page_and_other_settings_keep_them(
-    evaluate, tmp_path, capsys, monkeypatch
-):
+def test_table_and_page_are_whole_and_kept(evaluate, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "find_spec", find_spec)
     found = evaluate("--num_videos", 3)
     table = (tmp_path / "out/table.md").read_text()
     assert table in capsys.readouterr().out
     names = ["ours, 2 steps, guidance 1.8", "nearest", "cross-fade"]
     assert [row["method"] for row in found["rows"]] == found["settings"]["methods"] == names
-    assert all(f"| {name}" in table for name in names) and found["clips"] == 3
+    assert all(name in table for name in names) and found["clips"] == 3
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("data:image/png;base64,") == 3  # the best, the median, the worst clip
+    assert page.count("<svg") == (2 if find_spec("matplotlib") else 0)
     assert not re.search(r'(src|href)="(?!data:|#)|@import|url\((?!#)|<script', page)
-    if find_spec("matplotlib"):
-        assert page.count("<svg") == 2  # PSNR, and the curves of training
-
     kept = (tmp_path / "out/per_clip.jsonl").read_bytes()
     for flags in ("--steps 3", "--seed 1", "--window 1", "--protocol mcvd", "--baselines flow"):
         evaluate(*flags.split(), status=2)
         assert "pass --overwrite" in capsys.readouterr().err
     evaluate(checkpoint=None, status=2)
     assert (tmp_path / "out/per_clip.jsonl").read_bytes() == kept
-    found = evaluate("--steps", 3, "--overwrite", "--num_videos", 1)
-    assert found["rows"][0]["nfe"] == 6 and len(lines_of(tmp_path / "out")) == 1
+    evaluate("--overwrite", "--num_videos", 1)
+    assert len(lines_of(tmp_path / "out")) == 1
 
 
 def test_scores_are_of_decoded_frames_and_of_noise_by_sample(evaluate, clips, ckpt, tmp_path):
@@ -147,9 +107,8 @@ def test_scores_are_of_decoded_frames_and_of_noise_by_sample(evaluate, clips, ck
         assert line["source"]["first_frame"] == 2 and line["source"]["name"] == video.name
         clip = to_float(DecodedFrames(16, "rgb").read(video, range(2, 10)))[None]
         start, middle, end = split_clip(clip, 2)
-        faded = frame_psnr(cross_fade(start, end, 4), middle)[0]
-        scores = line["methods"]["cross-fade"]["samples"][0]
-        assert scores["psnr_frames"] == faded.tolist()
+        faded = frame_psnr(cross_fade(start, end, 4), middle)[0].tolist()
+        assert line["methods"]["cross-fade"]["samples"][0]["psnr_frames"] == faded
         samples = line["methods"]["ours, 2 steps, guidance 1.8"]["samples"]
         for sample, scores in enumerate(samples):
             noise = [generator_for(5, SAMPLE, line["clip"], sample)]
@@ -160,83 +119,87 @@ def test_scores_are_of_decoded_frames_and_of_noise_by_sample(evaluate, clips, ck
     assert mean < image and mean < best  # the mean image has the least squared error
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_stopped_evaluation_goes_on_to_the_same_numbers(evaluate, clips, tmp_path, scored, cut):
+def test_a_stopped_evaluation_goes_on_to_the_same_numbers(evaluate, clips, tmp_path, scored):
     copy = shutil.copytree(clips, tmp_path / "copy")
     flags = ("--batch_size", 2, "--data_root", copy)
-    evaluate(*flags, out="whole")
-    add, calls = PerClipResults.add, []
+    read = Evaluator.read
 
-    def killed(self, lines):
-        calls.append(1)
-        if len(calls) < 3 or cut:
-            add(self, lines)
-        if len(calls) == 3:
-            if cut:  # in the middle of the last line
-                os.truncate(self.path, self.path.stat().st_size - 20)
+    def killed(self, number, source):
+        if number == 5:
             raise KeyboardInterrupt
+        return read(self, number, source)
 
-    def scored_by(*more):
+    def scored_by(*more, out="out"):
         scored.clear()
-        assert evaluate(*flags, *more)["clips"] == (more or [7])[-1]
-        return list(scored)
+        assert evaluate(*flags, *more, out=out)["clips"] == (more or [7])[-1]
+        return scored[:]
 
+    assert scored_by(out="whole") == list(range(7))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PerClipResults, "add", killed)
+        patch.setattr(Evaluator, "read", killed)
         evaluate(*flags, status=130)
-    # Of the batch that was cut, both clips are scored again.
-    assert scored_by() == [4, 5, 6]
-    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "whole")
+    # Killed while it was writing a line, of whose batch both clips are scored again.
+    path = tmp_path / "out/per_clip.jsonl"
+    os.truncate(path, path.stat().st_size - 20)
+    assert len(lines_of(tmp_path / "out")) == 3
+    assert scored_by() == [2, 3, 4, 5, 6]
+    whole = lines_of(tmp_path / "whole")
+    assert lines_of(tmp_path / "out") == whole
     # Fewer clips lose none, and one that has changed is scored again.
     assert scored_by("--num_videos", 3) == scored_by() == []
     (copy / "1.mp4").write_bytes((clips / "5.mp4").read_bytes())
     assert scored_by() == [0, 1]
-    lines, before = (lines_of(tmp_path / out) for out in ("out", "whole"))
-    assert [a != b for a, b in zip(lines, before, strict=True)] == [0, 1, 0, 0, 0, 0, 0]
+    changed = [a != b for a, b in zip(lines_of(tmp_path / "out"), whole, strict=True)]
+    assert changed == [False, True, *[False] * 5]
 
 
 def test_rows_are_means_over_samples_paired_by_clip_and_the_best_of_ten_and_of_all():
     rng = np.random.default_rng(0)
+    names = ("psnr", "temporal_l1")
     table = rng.normal(size=(2, 2, 5, 12))  # [method,score,clips,N]
     images = rng.normal(size=(2, 5))  # [score,clips]
-
-    def entry(scores, image):
-        samples = [{"psnr": a, "temporal_l1": b} for a, b in scores.T]
-        image = {"psnr": image[0], "temporal_l1": image[1]}
-        costs = {"nfe": 4, "seconds": 1.0}
-        return {"samples": samples, "mean_image": image, "diversity": image["psnr"], **costs}
-
-    lines = []
-    for clip in range(5):
-        ours, first = (entry(scores[:, clip], images[:, clip]) for scores in table)
-        lines.append({"clip": clip, "methods": {"ours": ours, "first": first}})
+    lines = [{"clip": clip, "methods": {}} for clip in range(5)]
+    for method, scores in zip(("ours", "first"), table, strict=True):
+        for line, of_clip, image in zip(lines, scores.swapaxes(0, 1), images.T, strict=True):
+            line["methods"][method] = {
+                "samples": [
+                    {"psnr": a, "temporal_l1": b, "psnr_frames": [a, b]} for a, b in of_clip.T
+                ],
+                "mean_image": dict(zip(names, image, strict=True)),
+                "diversity": image[0],
+                "nfe": 4,
+                "seconds": 1.0,
+            }
     rows = summarise(lines, "ours", "first")
     kinds = [("mean", 12), ("mean image", 12), ("best", 10), ("best", 12)]
     assert [(row["kind"], row["count"]) for row in rows] == kinds
-    for i, name in enumerate(("psnr", "temporal_l1")):
-        best = (np.max, np.min)[i]
+    for i, best in enumerate((np.max, np.min)):
         ours, first = table[:, i]
         values = [ours.mean(1), images[i], best(ours[:, :10], axis=1), best(ours, axis=1)]
-        assert [row["scores"][name] for row in rows] == [estimate(of_clips) for of_clips in values]
-        assert rows[0]["versus_first"][name] == estimate(ours.mean(1) - first.mean(1))
+        assert [row["scores"][names[i]] for row in rows] == [estimate(of_row) for of_row in values]
+        assert rows[0]["versus_first"][names[i]] == estimate(ours.mean(1) - first.mean(1))
+    assert rows[0]["psnr_frames"] == pytest.approx(table[0].mean((1, 2)).tolist())
     assert rows[0]["scores"]["diversity"] == estimate(images[0])
     assert not rows[1]["versus_first"] and not summarise(lines, "first", "first")[0]["versus_first"]
 
 
 def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    found = [estimate(rng.normal(3, 2, size=60)) for _ in range(400)]
+    values = rng.normal(3, 2, size=(400, 60))
+    found = [estimate(of_clips) for of_clips in values]
     covered = sum(interval["low"] <= 3 <= interval["high"] for interval in found)
     # 95 % of 400 has a deviation of 4.4; with 60 values about 94 % are covered.
     assert abs(covered / 400 - CONFIDENCE) < 0.035
     assert estimate([5.0]) == {"mean": 5, "low": None, "high": None}
-    # The resamples are always the same.
-    values = rng.normal(size=60)
-    assert estimate(2 * values)["low"] == pytest.approx(2 * estimate(values)["low"], rel=1e-12)
+    assert found[0] == estimate(values[0])  # of the same resamples
 
 
-def test_steps_times_guidance_and_the_prediction_are_rows(evaluate, clips, tmp_path):
-    path = make_checkpoint(tmp_path, clips, refining=True)
+def test_steps_times_guidance_and_the_prediction_are_rows(evaluate, ckpt, tmp_path):
+    # The checkpoint, with an untrained predictor to refine around.
+    config = {"image_channels": 3, "endpoint_context": 2, "width": 8}
+    predictor = {"config": config, "weights": FramePredictor(**config).state_dict()}
+    path = tmp_path / "refining.pt"
+    save_checkpoint(path, {**load_checkpoint(ckpt), "predictor": predictor})
     flags = ("--num_videos", 1, "--baselines", "--num_samples", 2)
     found = evaluate("--steps", 2, 3, "--guidance_scale", 1, 2, *flags, checkpoint=path)
     rows = [(row["method"], row["nfe"], row["count"]) for row in found["rows"]]
@@ -251,35 +214,34 @@ def test_steps_times_guidance_and_the_prediction_are_rows(evaluate, clips, tmp_p
     assert describe_settings({**more, "guidance_interval": (0.3, 0.9)}) == words
 
 
-def test_fvd_is_the_distance_of_whole_clips_averaged_over_samples(evaluate, tmp_path, capsys):
+def test_fvd_is_the_distance_of_whole_clips_averaged_over_samples(evaluate, tmp_path):
     weights = save_small_network(tmp_path / "i3d.pt")
     flags = ("--fvd_weights", weights, "--T", 9, "--num_samples", 2, "--batch_size", 2)
     found = evaluate(*flags)
     lines = lines_of(tmp_path / "out")
     truth = np.array([line["features"] for line in lines])
-    assert truth[0, 1:].tolist() == [3, 9, 224, 224]
     for row in found["rows"]:
         if row["kind"] == "mean":
             entries = [line["methods"][row["method"]]["features"] for line in lines]
             samples = np.array(entries).swapaxes(0, 1)
             distances = [feature_distance(sample, truth) for sample in samples]
             assert row["scores"]["fvd"]["mean"] == pytest.approx(np.mean(distances), rel=1e-9)
-    evaluate("--fvd_weights", weights, out="short")
-    assert "fvd is left out: it needs --T 9 or more (got 8)" in capsys.readouterr().out
 
 
-def test_the_published_protocol_sets_what_it_can_and_says_what_differs(evaluate, tmp_path):
+def test_the_published_protocol_says_what_differs(evaluate, square_videos, tmp_path):
     found = evaluate("--protocol", "mcvd", "--num_videos", 3)
-    settings = found["settings"]
     names = ("num_frames", "num_samples", "window")
-    assert [settings[name] for name in names] == [9, 10, "random"]
-    notes = " / ".join(found["notes"])
-    for part in ("size is 16, not 64", "trained_frames is 8, not 9", "3 clips of"):
-        assert part in notes
-    assert "25.162" in (tmp_path / "out/table.md").read_text()
+    assert [found["settings"][name] for name in names] == [9, 10, "random"]
+    table = (tmp_path / "out/table.md").read_text()
+    for part in ("25.162", "size is 16, not 64", "trained_frames is 8, not 9", "3 clips"):
+        assert part in table
     evaluate("--protocol", "mcvd", "--T", 10, status=2, out="other")
-    path = make_checkpoint(tmp_path, tmp_path, k=1)
+    path = tiny_checkpoint(
+        tmp_path, square_videos, *words("--endpoint_context 1 --color_mode gray")
+    )
     evaluate("--protocol", "mcvd", checkpoint=path, status=2, out="other")
+    rows = evaluate("--num_videos", 2, checkpoint=path, out="gray")["rows"]
+    assert [len(row["psnr_frames"]) for row in rows] == [6, 6, 6]
 
 
 def test_windows_are_central_or_random_by_the_seed(evaluate, tmp_path):
@@ -292,10 +254,10 @@ def test_windows_are_central_or_random_by_the_seed(evaluate, tmp_path):
     assert a == b != c and len(set(a)) > 1 and max(a) <= 4 and a[4] <= 1
 
 
-def test_the_split_is_that_of_training(ckpt, evaluate, tmp_path, capsys):
+def test_the_split_is_that_of_training(evaluate, square_videos, tmp_path, capsys):
     names = {}
     for split in ("val", "train", "all"):
-        evaluate("--split", split, out=split)
+        evaluate("--split", split, out=split, data=("--data_root", square_videos))
         names[split] = {line["source"]["name"] for line in lines_of(tmp_path / split)}
     assert names["val"] and not names["val"] & names["train"]
     assert names["val"] | names["train"] == names["all"]
@@ -305,27 +267,46 @@ def test_the_split_is_that_of_training(ckpt, evaluate, tmp_path, capsys):
 
 
 def test_a_clip_that_cannot_be_read_is_named_and_left_out(evaluate, tmp_path):
-    read = DecodedFrames.read
+    read = Evaluator.read
 
-    def failing(self, video, wanted):
-        if video.name == "2.mp4":
+    def failing(self, number, source):
+        if number == 2:
             raise OSError(5, "Input/output error")
-        return read(self, video, wanted)
+        return read(self, number, source)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecodedFrames, "read", failing)
-        found = evaluate()
+        patch.setattr(Evaluator, "read", failing)
+        found = evaluate("--batch_size", 1)
     assert found["clips"] == 6 and found["failures"] == ["2.mp4 (OSError: Input/output error)"]
     assert "2.mp4 (OSError" in (tmp_path / "out/report.html").read_text()
     assert evaluate()["clips"] == 7  # another try
 
 
-WRONG = ("--window middle", "--data_root /nowhere", "--steps 2 2000", "--steps 0", "--size 18")
+def test_what_cannot_be_had_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def left_out(flags="--fvd_weights PT --num_samples 2", size=64, t=9):
+        args = evaluate_video_ddpm.build_parser().parse_args(words(flags))
+        found = evaluate_video_ddpm.find_missing(args, {"size": size, "num_frames": t})
+        return set(found).difference(["flow", "rife", "curves"])
+
+    assert left_out(size=11) == {"lpips"}
+    assert left_out(size=[64, 10], t=8) == {"lpips", "ssim", "fvd"}
+    assert left_out("--num_samples 1") == {"lpips", "diversity", "fvd"}
+    metrics.alexnet_path().parent.mkdir(parents=True)
+    metrics.alexnet_path().write_bytes(b"damaged")
+    assert left_out() == {"lpips"}
+    monkeypatch.setattr(metrics, "ALEXNET_SHA256", file_sha256(metrics.alexnet_path())[:8])
+    assert left_out() == set()
+    monkeypatch.setattr(evaluate_video_ddpm, "find_spec", lambda name: None)
+    assert left_out() == {"ssim", "lpips"}
 
 
 def test_wrong_input_is_one_line_and_writes_nothing(evaluate, tmp_path, capsys, ckpt):
-    cases = [(ckpt, flags) for flags in (*WRONG, "--T 4")]
-    cases += [(None, flags) for flags in ("--baselines", "--split val")]
+    with_ckpt = "--steps 2 2000;--steps 0;--size 18;--T 4;--fvd_weights /nowhere --T 9"
+    without = "--data_root /nowhere;--window middle;--baselines;--split val"
+    cases = [(ckpt, flags) for flags in with_ckpt.split(";")]
+    cases += [(None, flags) for flags in without.split(";")]
     for checkpoint, flags in cases:
         evaluate(*flags.split(), checkpoint=checkpoint, status=2)
         err = capsys.readouterr().err
@@ -334,11 +315,3 @@ def test_wrong_input_is_one_line_and_writes_nothing(evaluate, tmp_path, capsys, 
     evaluate(checkpoint=None, data=(), status=2)
     assert capsys.readouterr().err.count("--data_root") == 2
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("k", "t", "channels"), [(1, 4, 1), (3, 9, 3)])
-def test_other_numbers_of_frames_and_colours(tmp_path, clips, evaluate, k, t, channels):
-    path = make_checkpoint(tmp_path, clips, k=k, t=t, channels=channels)
-    found = evaluate("--num_videos", 2, checkpoint=path)
-    assert found["frames"] == list(range(k, t - k))
-    assert len(found["positions"]["nearest"]) == t - 2 * k

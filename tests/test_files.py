@@ -26,9 +26,6 @@ def read(path):
     return io.read_image(path).permute(1, 2, 0).numpy()
 
 
-# --- images ---
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png_is_lossless(tmp_path, channels):
     image = torch.from_numpy(picture(channels=channels)).permute(2, 0, 1)
@@ -63,16 +60,15 @@ def test_palettes_gray_and_sixteen_bits_become_eight_bit_rgb(tmp_path):
     rgb = Image.fromarray(picture())
     palette = rgb.quantize(8)
     palette.save(tmp_path / "palette.png")
-    assert np.array_equal(read(tmp_path / "palette.png"), np.asarray(palette.convert("RGB")))
+    palette.save(tmp_path / "first.gif", save_all=True, append_images=[Image.fromarray(picture())])
+    for name in ("palette.png", "first.gif"):
+        assert np.array_equal(read(tmp_path / name), np.asarray(palette.convert("RGB")))
     gray = picture(channels=1)
     Image.fromarray(gray[..., 0]).save(tmp_path / "gray.png")
     assert np.array_equal(read(tmp_path / "gray.png"), gray.repeat(3, 2))
     deep = RNG.integers(0, 2**16, (12, 20), dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert np.array_equal(read(tmp_path / "deep.png"), (deep[..., None] // 256).repeat(3, 2))
-    others = [Image.fromarray(picture())]
-    palette.save(tmp_path / "first.gif", save_all=True, append_images=others)
-    assert np.array_equal(read(tmp_path / "first.gif"), np.asarray(palette.convert("RGB")))
 
 
 def test_files_that_are_no_image_are_one_clear_error(tmp_path, monkeypatch):
@@ -81,9 +77,8 @@ def test_files_that_are_no_image_are_one_clear_error(tmp_path, monkeypatch):
     iio.imwrite(tmp_path / "whole.png", picture(64, 64))
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
     for name in ("missing", "text", "folder", "cut"):
-        with pytest.raises(ValueError, match=f"{name}.png") as caught:
+        with pytest.raises(ValueError, match=f"^[^\n]*{name}.png[^\n]*$"):
             io.read_image(tmp_path / f"{name}.png")
-        assert "\n" not in str(caught.value)
     monkeypatch.setattr(io, "MAX_IMAGE_PIXELS", 64 * 64)
     io.read_image(tmp_path / "whole.png")
     monkeypatch.setattr(io, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
@@ -91,29 +86,22 @@ def test_files_that_are_no_image_are_one_clear_error(tmp_path, monkeypatch):
         io.read_image(tmp_path / "whole.png")
 
 
-# --- videos and sheets ---
-
-
 @pytest.mark.parametrize("shape", [(3, 6, 32, 48), (1, 6, 32, 32), (3, 5, 15, 21)])
-def test_mp4_keeps_every_frame_and_its_size(tmp_path, shape):
+def test_mp4_and_gif_keep_every_frame_and_the_rate(tmp_path, shape):
     smooth = torch.linspace(0, 200, shape[3]).expand(shape)
-    smooth = smooth + torch.arange(shape[1]).view(1, -1, 1, 1) * 8
-    clip = smooth.to(torch.uint8)
-    for lossless in (False, True):
+    smooth = (smooth + torch.arange(shape[1]).view(1, -1, 1, 1) * 8).to(torch.uint8)
+    io.save_gif(tmp_path / "a.gif", smooth, fps=8)
+    assert iio.imread(tmp_path / "a.gif").shape[:3] == shape[1:]
+    # GIF counts in centiseconds.
+    assert iio.immeta(tmp_path / "a.gif")["duration"] == pytest.approx(125, abs=10)
+    noise = torch.from_numpy(RNG.integers(0, 256, shape, dtype=np.uint8))
+    # On a smooth ramp, crf 12 stays within a few levels.
+    for clip, lossless, tolerance in ((smooth, False, 4), (noise, True, 0)):
         io.save_mp4(tmp_path / "a.mp4", clip, fps=8, lossless=lossless)
         info = probe_video(tmp_path / "a.mp4")
         assert (info.frames, info.height, info.width, info.rate) == (*shape[1:], 8)
-        frames = read_frames(tmp_path / "a.mp4", range(info.frames), info)
-        error = torch.stack(list(frames), dim=1).int() - clip.expand(3, -1, -1, -1)
-        # On a smooth ramp, crf 12 stays within a few levels.
-        assert error.abs().float().mean() < (4 if not lossless else 1e-9)
-
-
-def test_gif_keeps_frames_and_rate(tmp_path):
-    io.save_gif(tmp_path / "a.gif", torch.from_numpy(picture(3, 6, 256)).view(3, 6, 16, 16), fps=8)
-    assert iio.imread(tmp_path / "a.gif").shape[:3] == (6, 16, 16)
-    # GIF counts in centiseconds.
-    assert iio.immeta(tmp_path / "a.gif")["duration"] == pytest.approx(125, abs=10)
+        frames = torch.stack(list(read_frames(tmp_path / "a.mp4", range(info.frames), info)), dim=1)
+        assert (frames.float() - clip.float()).abs().mean() <= tolerance
 
 
 def test_contact_sheet_marks_the_observed_frames():
@@ -128,9 +116,6 @@ def test_contact_sheet_marks_the_observed_frames():
         colour = io.GENERATED_COLOUR if frame == 2 else io.OBSERVED_COLOUR
         for corner in (tile[:, 0, 0], tile[:, 2, 2], tile[:, -1, -1]):
             assert tuple(corner.tolist()) == colour
-
-
-# --- writes that are whole or not at all ---
 
 
 def files(folder):
@@ -200,7 +185,7 @@ def test_only_what_killed_processes_left_is_removed(tmp_path):
     assert files(tmp_path) == sorted([f".a.{os.getpid()}.tmp", ".a.tmp", f"a.{gone}.tmp"])
 
 
-def test_an_output_folder_that_cannot_be_made_names_its_flag(tmp_path):
+def test_an_output_folder_is_made_or_its_flag_is_named(tmp_path):
     assert io.make_out_dir(tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--out_dir"):

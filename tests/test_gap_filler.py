@@ -54,9 +54,6 @@ def fill(source, gaps, k=2, generate=None, **settings):
     return source.with_name("out.mp4")
 
 
-# --- the stream of frames ---
-
-
 def stream(levels):
     """Frames of one level each; times are squares and durations are unique."""
     pixels = [torch.full((3, 2, 2), level, dtype=torch.uint8) for level in levels]
@@ -76,6 +73,8 @@ def test_gaps_are_filled_from_their_neighbours_and_all_else_stays(k):
     assert [frame[1:] for frame in out] == [frame[1:] for frame in frames]
     first = ([*range(3 - k, 3)], [*range(5, 5 + k)], 2)
     assert generate.levels() == [first, ([*range(8 - k, 8)], [*range(11, 11 + k)], 3)]
+    # A gap that lacks a frame after it stays as it was.
+    assert list(fill_gaps(iter(frames), [range(9, 17 - k)], k, generate)) == frames
 
 
 def test_no_more_frames_are_decoded_than_a_gap_needs():
@@ -83,11 +82,6 @@ def test_no_more_frames_are_decoded_than_a_gap_needs():
     frames = (taken.append(i) or frame for i, frame in enumerate(stream(range(100))))
     out = fill_gaps(frames, [range(10, 12)], 1, lambda before, after, count: before * count)
     assert [len(taken) for _ in out] == [*range(1, 11), 13, 13, 13, *range(14, 101)]
-
-
-def test_a_gap_that_lacks_a_frame_after_it_stays_as_it_was():
-    frames = stream(range(7))
-    assert list(fill_gaps(iter(frames), [range(3, 6)], 2, Generator())) == frames
 
 
 @pytest.mark.parametrize(
@@ -105,9 +99,6 @@ def test_a_gap_at_a_scene_cut_stays_as_it_was(levels, is_filled, capsys):
     out = list(fill_gaps(iter(stream(levels)), [range(2, 4)], 2, Generator()))
     assert levels_of(out) == ([*levels[:2], 200, 201, *levels[4:]] if is_filled else levels)
     assert ("a scene ends" in capsys.readouterr().out) != is_filled
-
-
-# --- files ---
 
 
 def with_sound(path, codec="mp2"):
@@ -172,16 +163,12 @@ def test_times_and_durations_of_a_variable_rate_stay_exactly(tmp_path, lossless)
     assert times(fill(source, [range(4, 7)], lossless=lossless)) == expected
 
 
-def test_times_of_reordered_frames_stay(tmp_path):
+def test_times_of_reordered_frames_stay_and_false_ones_follow_the_rate(tmp_path, monkeypatch):
     options = {"bf": "3", "x264-params": "b-adapt=0"}
     source = write_mp4(tmp_path / "b.mp4", shown(20), options=options)
     start = times(source)[0][0]
     expected = [(start + Fraction(i, 10), Fraction(1, 10)) for i in range(20)]
     assert times(fill(source, [range(4, 7)])) == expected
-
-
-def test_frames_without_a_rising_time_follow_at_the_average_rate(tmp_path, monkeypatch):
-    source = write_mp4(tmp_path / "a.mp4", shown(8), options={"bf": "0"})
     decode = VideoFile.decode
 
     def with_wrong_times(self, *copiers):
@@ -189,9 +176,8 @@ def test_frames_without_a_rising_time_follow_at_the_average_rate(tmp_path, monke
             frame.pts = {2: None, 3: 0}.get(number, frame.pts)
             yield frame
 
-    expected = times(source)
     monkeypatch.setattr(VideoFile, "decode", with_wrong_times)
-    assert times(fill(source, [range(4, 5)], k=1)) == expected
+    assert times(fill(source, [range(4, 7)])) == expected
 
 
 def write_colour(path, shape=Fraction(1), tags=(2, 2, 2, 0)):

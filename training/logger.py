@@ -22,13 +22,10 @@ from utils.video_utils import to_uint8
 
 
 class Logger:
-    """Writes a run's records and shows a progress bar or lines.
+    """Writes a run's records, to TensorBoard too, and shows a progress bar or lines.
 
     What cannot be written costs a warning, not the run. Lines of metrics.jsonl of steps after the
     state's, which are of lost work, are removed.
-
-    Args:
-        tensorboard: whether numbers and previews go to TensorBoard's files in out_dir, too.
     """
 
     def __init__(
@@ -70,9 +67,9 @@ class Logger:
 
     def log_run(self, args: argparse.Namespace) -> None:
         """Write run.json: arguments, versions, git commit, device."""
-        with warn_if_unwritable(self.out_dir / "run.json"):
-            machine = describe_machine(self.device)
-            io.save_json(self.out_dir / "run.json", {"args": vars(args), **machine})
+        path = self.out_dir / "run.json"
+        with warn_if_unwritable(path):
+            io.save_json(path, {"args": vars(args), **describe_machine(self.device)})
 
     def log_train(self, state: TrainingState, epoch: float, loss: float | None) -> None:
         """A line for the steps since the last one; a loss of None = no step was finite."""
@@ -80,9 +77,6 @@ class Logger:
         grad_norm = state.metrics.read()["grad_norm"]
         # The device is done with these steps, as their loss was read.
         speed = self.clips / (time.perf_counter() - self.since)
-        memory = None
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device) / 2**20
         values = {
             "epoch": epoch,
             "loss": loss,
@@ -90,8 +84,9 @@ class Logger:
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             **state.metrics.bad_steps(),
             "clips_per_second": speed,
-            "gpu_memory_mib": memory,
         }
+        if self.device.type == "cuda":
+            values["gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.device) / 2**20
         self._log("train", state.step, values)
         self.bar.set_postfix(loss=loss_text(loss))
         if self.bar.disable:
@@ -104,11 +99,11 @@ class Logger:
         line = f"epoch {entry['epoch']}  training loss {loss_text(entry['train_loss'])}"
         line += f"  validation loss {entry['val_loss']:.4f}"
         if "psnr" in entry:
-            line += f"  middle PSNR {entry['psnr']:.2f} dB"
-            line += f" (cross-fade {entry['psnr_cross_fade']:.2f} dB)"
+            fade = entry["psnr_cross_fade"]
+            line += f"  middle PSNR {entry['psnr']:.2f} dB (cross-fade {fade:.2f} dB)"
         tqdm.write(line)
-        values = {name: value for name, value in entry.items() if name != "step"}
-        self._log("val", entry["step"], values)
+        step = entry["step"]
+        self._log("val", step, {name: value for name, value in entry.items() if name != "step"})
         if "psnr" in entry or state.finished:
             curves = self.out_dir / "training_curves.png"
             with warn_if_unwritable(curves):
@@ -156,18 +151,9 @@ def describe_run(
     """Print what is about to happen, and what a flag does not do here."""
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     device = state.metrics.values.device
-    precisions = {
-        None: "float32",
-        torch.bfloat16: "bf16 autocast",
-        torch.float16: "fp16 autocast",
-    }
-    line = f"{clips}; {args.train} of {parameters:,} parameters; {device}, {precisions[amp_dtype]}"
-    line += f"; steps {state.step + 1} to {state.total_steps}"
-    if args.processes > 1:
-        line += f"; {args.processes} processes, {args.processes * args.batch_size} clips at once"
-    print0(line)
-    if args.amp and device.type != "cuda":
-        print0(f"--amp does nothing on {device.type}: training in float32")
+    print0(f"{clips}; steps {state.step + 1} to {state.total_steps}")
+    where = f"{args.processes} x {device}, {amp_dtype or 'float32'}"
+    print0(f"{args.train}: {parameters:,} parameters; {where}")
     if args.train == "diffusion" and not args.cfg_drop_prob and args.vis_guidance_scale != 1:
         print0("note: without --cfg_drop_prob previews need --vis_guidance_scale 1")
 

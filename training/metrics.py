@@ -21,21 +21,13 @@ def divergence_threshold(noise_offset: float, temporal_loss_weight: float) -> fl
 class TrainMetrics:
     """Running sums over steps.
 
-    `line_*` are since the last line of metrics.jsonl, `epoch_*` of this epoch, both of finite
-    steps; `grad_norm` is the last; `skipped` steps were not finite, `diverged` ones had a loss
-    above the threshold, and `bad_in_row` counts either kind without a good step between.
+    Losses and finite steps since the last line of metrics.jsonl and of this epoch, the last
+    gradient norm, steps skipped as not finite, steps of a loss above the threshold, and either of
+    these in a row.
     """
 
-    NAMES = (
-        "line_loss",
-        "line_steps",
-        "epoch_loss",
-        "epoch_steps",
-        "grad_norm",
-        "skipped",
-        "diverged",
-        "bad_in_row",
-    )
+    NAMES = ("line_loss", "line_steps", "epoch_loss", "epoch_steps")
+    NAMES += ("grad_norm", "skipped", "diverged", "bad_in_row")
 
     def __init__(self, device: torch.device, threshold: float):
         self.threshold = threshold
@@ -85,7 +77,4 @@ class TrainMetrics:
     def bad_steps(self) -> dict[str, int]:
         """The counts of the whole run that every line of metrics.jsonl has."""
         values = self.read()
-        return {
-            "skipped_steps": int(values["skipped"]),
-            "diverged_steps": int(values["diverged"]),
-        }
+        return {f"{kind}_steps": int(values[kind]) for kind in ("skipped", "diverged")}

@@ -21,23 +21,18 @@ from diffusion.schedule import DiffusionSchedule
 from models.modules.layers import use_fast_layout
 from models.predictor import FramePredictor
 from models.video_unet3d import VideoUNet3D
-from training.arguments import UNSAVED_FLAGS
+from training.arguments import MODEL_FLAGS, UNSAVED_FLAGS
 from training.distributed import rank, world_size
+from utils.checkpoint import checkpoint_errors
 from utils.video_utils import as_pair
 
 
 class Objective(NamedTuple):
-    """One of the two objectives, with all that it needs.
+    """One of the two objectives, with all that it needs."""
 
-    Attributes:
-        loss: (model, start, middle, end, generator) -> a loss per clip.
-        validation_losses: (model, start, middle, end, numbers of the clips) -> losses.
-        pipe: samples with the EMA, for previews.
-    """
-
-    loss: Callable[..., Tensor]
-    validation_losses: Callable[..., Tensor]
-    pipe: MiddleFramePipeline
+    loss: Callable[..., Tensor]  # (model, start, middle, end, generator) -> a loss per clip
+    validation_losses: Callable[..., Tensor]  # (model, start, middle, end, clips' numbers)
+    pipe: MiddleFramePipeline  # samples with the EMA, for previews
 
 
 def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,12 +41,8 @@ def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
         "image_channels": 1 if args.color_mode == "gray" else 3,
         "endpoint_context": args.endpoint_context,
     }
-    if args.train == "diffusion":
-        config["base_channels"] = args.base_channels
-        config["channel_mults"] = args.channel_mults
-        config["res_blocks"] = args.res_blocks
-        config["temporal_attn_levels"] = args.temporal_attn_levels
-    return config
+    names = MODEL_FLAGS if args.train == "diffusion" else ()
+    return {**config, **{name: getattr(args, name) for name in names}}
 
 
 def clip_config_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -78,16 +69,10 @@ def pick_objective(
     val_clips: int,
     amp_dtype: torch.dtype | None,
 ) -> Objective:
-    """The objective of --train.
-
-    Args:
-        ema: the averaged network, on its device.
-        predictor: config and weights of the frozen predictor to refine around, or None.
-        val_clips: how many clips are held out.
-        amp_dtype: of autocast.
-    """
+    """The objective of --train, around the frozen predictor of that config and weights, if any."""
     device = next(ema.parameters()).device
-    frozen = load_network(FramePredictor, predictor, args.predictor, device)
+    with checkpoint_errors(args.predictor):
+        frozen = load_network(FramePredictor, predictor, args.predictor, device)
     task = DiffusionTask(
         schedule=DiffusionSchedule(args.timesteps, args.beta_schedule).to(device),
         noise=NoiseConfig(args.noise_offset, RESIDUAL_CORRELATION if frozen else 0.0),

@@ -57,8 +57,10 @@ def end_loading_processes() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # One that is killed while it hands a clip over breaks the connection.
+        is_known = not isinstance(error, RuntimeError)
+        if not is_known and not str(error).startswith("DataLoader worker"):
             raise
         reason = "too little memory for --num_workers, or a video that crashes its decoder"
         remedy = "--resume goes on from the last save"

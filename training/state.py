@@ -3,6 +3,7 @@
 import argparse
 import copy
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,18 +22,17 @@ from utils.device import autocast
 
 LR_SCHEDULE = ("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps")
 MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})  # of AdamW and of Muon
-Loss = Callable[..., Tensor]  # (model, start_context, middle, end_context, generator) -> [B]
+Loss = Callable[..., Tensor]  # see Objective
 
 
 @dataclass
 class TrainingState:
     """What a checkpoint carries on, and how far the run is to go.
 
-    `step` counts optimiser steps, skipped ones included; `data_step` counts steps' worth of clips
-    since the first epoch began. They differ once a run goes on with another batch size. Data and
-    noise follow `data_step`; learning rate and EMA follow `step`.
-
-    Weights are tried on `probe`, the first batch and its data_step, before they are saved.
+    `step` counts optimiser steps; `data_step` counts steps' worth of clips since the first epoch
+    began. They differ once a run goes on with another batch size. Data and noise follow
+    `data_step`; learning rate and EMA follow `step`. Weights are tried on `probe`, the first
+    batch and its data_step, before they are saved.
     """
 
     model: nn.Module  # a VideoUNet3D or a FramePredictor
@@ -188,7 +188,8 @@ def restore(
         stored_clips = stored["batch_size"] * stored["grad_accum"] * stored["processes"]
         step_in_epoch = checkpoint["step_in_epoch"] * stored_clips // clips_per_step
         state.step = checkpoint["step"]
-        state.data_step = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
+        data_step = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
+        state.data_step = operator.index(data_step)
         state.best_val_loss = float(checkpoint["best_val_loss"])
         state.history = checkpoint["history"]
         sums = [float(state.history["sums"].get(name, 0)) for name in TrainMetrics.NAMES]

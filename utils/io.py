@@ -186,9 +186,9 @@ def file_sha256(path: str | Path) -> str:
 
 @contextmanager
 def temporary_path(path: str | Path) -> Iterator[Path]:
-    """Yield a name beside `path` for a file or a folder, which then replaces `path`.
+    """Yield a temporary name for a file or a folder that then replaces `path`.
 
-    If an error occurs, it is removed.
+    After an error it is removed, and `path` is as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

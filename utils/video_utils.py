@@ -88,10 +88,8 @@ def resize_and_crop(frames: Tensor, size: FrameSize) -> Tensor:
 def middle_length(num_frames: int, endpoint_context: int) -> int:
     """Frames M = T - 2K to generate; ValueError unless T > 2K."""
     if num_frames <= 2 * endpoint_context:
-        raise ValueError(
-            "num_frames must exceed 2 * endpoint_context so that a middle exists"
-            f" (got {num_frames} and {endpoint_context})"
-        )
+        rule = "--T must exceed 2 * --endpoint_context so that a middle exists"
+        raise ValueError(f"{rule} (got --T {num_frames}, --endpoint_context {endpoint_context})")
     return num_frames - 2 * endpoint_context
 
 
