@@ -303,7 +303,7 @@ def write_video(
                 lossless=args.lossless,
                 progress=partial(tqdm, total=info.frames, unit="frame", disable=None),
             )
-    except FFmpegError as error:
+    except (FFmpegError, ValueError) as error:
         raise ValueError(f"--video {args.video}: {reason_of(error)}") from error
     print(f"{path}: {count} frames")
     return {

@@ -28,10 +28,7 @@ TINY_FLAGS = words(f"{NETWORK} --batch_size 2 --num_workers 0 --vis_steps 2 --lr
 
 
 def numbered_frames(count, height=64, width=64):
-    """Frames [T,H,W,3] uint8 whose eight stripes, left to right, are the bits of their number.
-
-    The bottom half is red.
-    """
+    """Frames [T,H,W,3] uint8: eight stripes are the bits of their number; red at the bottom."""
     stripes = np.arange(width) * 8 // width
     bits = np.arange(count)[:, None] >> stripes & 1  # [T,W]
     frames = np.zeros((count, height, width, 3), np.uint8)
@@ -59,10 +56,7 @@ def write_mp4(
     pts=None,
     container=None,
 ):
-    """Encode [T,H,W,3] with any options of codec and container.
-
-    `pts` gives each frame a time in units of 1 / rate.
-    """
+    """Encode [T,H,W,3]; `pts` gives each frame a time in units of 1 / rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="mp4", options=container or {}) as file:
         stream = file.add_stream(codec, rate=rate)
@@ -123,11 +117,7 @@ def square_videos(tmp_path_factory):
 
 
 def leave_out_what_is_slow(patch):
-    """Take out of training what few tests are about.
-
-    These are flushing to disk, the list of installed packages, curves, and most pairs of clip and
-    noise level of validation.
-    """
+    """Flushing to disk, the list of packages, curves, and most of validation's pairs."""
     import diffusion.loss
     import training.logger
     import utils.io
@@ -140,8 +130,18 @@ def leave_out_what_is_slow(patch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """`leave_out_what_is_slow`, but not of fixtures of a wider scope, which are set up before."""
+    """Training without what is slow, but in fixtures of a wider scope."""
     leave_out_what_is_slow(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def narrow_predictor():
+    """Predictors of an eighth of the width, for the tests of a module."""
+    from models.predictor import FramePredictor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FramePredictor.__init__, "__defaults__", (3, 2, 4))
+        yield
 
 
 def run(out_dir, flags="", *given, status=0, stop=None, stage=None, by=signal.SIGTERM):
@@ -175,10 +175,7 @@ def run(out_dir, flags="", *given, status=0, stop=None, stage=None, by=signal.SI
 
 @pytest.fixture
 def train(square_videos, tmp_path):
-    """A function (name, flags, ...) that trains a tiny run in tmp_path / name, see `run`.
-
-    There are no previews unless the flags ask for them.
-    """
+    """A function (name, flags, ...) that trains in tmp_path / name without previews, see `run`."""
 
     def start(name, flags="", **how):
         given = ["--data_root", square_videos, *TINY_FLAGS, "--vis_every", "0"]

@@ -223,7 +223,7 @@ def rezip(data, rng):
             content = archive.read(name)
             if name.endswith("data.pkl"):
                 content = mangle(content, rng)
-            copy.writestr(name, content)
+            copy.writestr(zipfile.ZipInfo(name), content)
     return out.getvalue()
 
 

@@ -11,6 +11,7 @@ from test_refining import contexts
 from diffusion.noise import SAMPLE, NoiseConfig, generator_for
 from diffusion.pipeline import MiddleFramePipeline
 from diffusion.sampler import sample_middle
+from diffusion.schedule import DiffusionSchedule
 from models.predictor import FramePredictor
 from utils.checkpoint import save_checkpoint
 from utils.io import read_image
@@ -28,10 +29,10 @@ REFINING = {**REFERENCE, "steps": 3, "spacing": "quadratic", "guidance_scale": 1
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Files of the three kinds of checkpoint, by name."""
     folder = tmp_path_factory.mktemp("saved")
     predictor = stored_network(FramePredictor, {"width": 8})
     plain = with_value(make_state(), "diffusion_config.noise_offset", 0.1)
+    plain = with_value(plain, "diffusion_config.schedule", "linear")
     refining = with_value(plain, "diffusion_config.noise_correlation", 0.5)
     refining["predictor"] = predictor
     own = with_value(plain, "args.train", "predictor")
@@ -62,12 +63,12 @@ def test_a_setting_replaces_one_value_of_the_checkpoints_default_sampler(pipes):
     assert pipes["refining"].settings({"steps": 0}) == {**REFINING, "steps": 0}
 
 
-@pytest.mark.parametrize("change", [{}, {"steps": 2, "guidance_scale": 1.0, "eta": 1.0}])
+@pytest.mark.parametrize("change", [{}, {"steps": 2, "eta": 1.0, "dynamic_threshold": True}])
 def test_a_plain_checkpoint_samples_frames_under_its_own_noise(pipes, change):
     pipe = pipes["plain"]
     settings = {**REFERENCE, **change, "noise": NoiseConfig(offset=0.1), "num_middle": 4}
-    networks = (pipe.model, pipe.schedule)
-    expected = sample_middle(*networks, *contexts(1), generator=generators(1), **settings)
+    trained = (pipe.model, DiffusionSchedule(100, "linear"))
+    expected = sample_middle(*trained, *contexts(1), generator=generators(1), **settings)
     assert torch.equal(pipe(*contexts(1), generator=generators(1), **change), expected)
 
 

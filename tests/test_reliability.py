@@ -10,16 +10,9 @@ import torch
 from conftest import run, words
 from soak import SMALL
 
-from models.predictor import FramePredictor
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick")
-
-
-@pytest.fixture(autouse=True)
-def narrow_predictor(monkeypatch):
-    """Predictors of an eighth of the width."""
-    monkeypatch.setattr(FramePredictor.__init__, "__defaults__", (3, 2, 4))
+pytestmark = pytest.mark.usefixtures("quick", "narrow_predictor")
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -53,7 +46,7 @@ def test_values_of_another_kind_deep_in_a_checkpoint_are_used_or_refused(tmp_pat
     odd = {"epoch": 1.5, "step_in_epoch": torch.zeros(3), "best_val_loss": torch.zeros(3)}
     odd |= {"lr_scheduler.start_lr": None, "lr_scheduler.total_steps": "x", "scaler": [1]}
     odd |= {"args.grad_accum": [1], "args.given": 1.5, "args": [], "history.sums.skipped": [1]}
-    odd |= {"predictor.config.endpoint_context": "", "predictor.weights": None, "history": None}
+    odd |= {"predictor.config.endpoint_context": "", "predictor.weights": None, "history.train": {}}
     odd |= {"optimizer.state": {}, "optimizer": 1, "model": {}, "ema": None, "model_config": []}
     for place, value in odd.items():
         path.write_bytes(bases[0])
@@ -61,8 +54,7 @@ def test_values_of_another_kind_deep_in_a_checkpoint_are_used_or_refused(tmp_pat
         *outer, key = place.split(".")
         functools.reduce(dict.get, outer, checkpoint)[key] = value
         save_checkpoint(path, checkpoint)
-        for look in (soak.sample, soak.resume):
-            assert soak.in_child(soak.look_at, look, path) in (0, 2), place
+        assert soak.in_child(soak.look_at, soak.resume, path) in (0, 2), place
 
 
 def test_training_on_a_folder_of_hostile_files_uses_the_good_and_names_the_bad(tmp_path, capsys):

@@ -52,7 +52,6 @@ def close(actual, expected):
 
 
 def sample(model=None, ends=None, **changes):
-    """What `sample_middle` draws, and what its callback saw at every step."""
     states = []
     settings = {
         "num_middle": 2,
@@ -61,15 +60,14 @@ def sample(model=None, ends=None, **changes):
         "callback": lambda **state: states.append(state),
         **changes,
     }
-    middle = sample_middle(model or SmallModel(), SCHEDULE, *(ends or contexts()), **settings)
-    return middle, states
+    model = model or SmallModel()
+    return sample_middle(model, SCHEDULE, *(ends or contexts()), **settings), states
 
 
 def test_timesteps_or_their_roots_fall_evenly_from_full_noise():
     assert visited_timesteps(1000, 5) == [999, 749, 500, 250, 0]
     assert visited_timesteps(1000, 5, "trailing") == [999, 799, 599, 399, 199]
-    quadratic = [999, 734, 510, 326, 183, 82, 20, 0]
-    assert visited_timesteps(1000, 8, "quadratic") == quadratic
+    assert visited_timesteps(1000, 8, "quadratic") == [999, 734, 510, 326, 183, 82, 20, 0]
     for spacing in SPACINGS:
         for steps in (1, 2, 40, 333, 1000):
             visited = visited_timesteps(1000, steps, spacing)

@@ -11,15 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, leave_out_what_is_slow, run, words, write_squares
+from conftest import leave_out_what_is_slow, run, words, write_squares
 from soak import SMALL, same, same_end
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_video_ddpm
 import training.objective
 from data.kinetics_video_dataset import VideoClipDataset
 from data.training_clips import open_clips
-from models.predictor import FramePredictor
 from train_video_ddpm import build_parser, train_step
 from training.arguments import FIXED_FLAGS
 from training.metrics import MAX_BAD_IN_ROW, TrainMetrics
@@ -28,17 +26,9 @@ from training.state import get_lr, init_state, make_lr_schedule
 from training.validation import validate
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "narrow_predictor")
 CPU = torch.device("cpu")
 REFINE = "--preset refine --max_steps 5 --warmup_steps 2 --ema_update_after_step 1 --log_every 1"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def narrow_predictor():
-    """Predictors of an eighth of the width."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FramePredictor.__init__, "__defaults__", (3, 2, 4))
-        yield
 
 
 @pytest.fixture
@@ -58,10 +48,6 @@ def lines(out_dir, kind):
     return [line for line in found if line["kind"] == kind]
 
 
-def all_finite(weights):
-    return all(value.isfinite().all() for value in weights.values())
-
-
 def check_refusal(capsys, *named):
     """One line was written to stderr, which names all of these."""
     said = capsys.readouterr().err
@@ -72,9 +58,6 @@ def check_refusal(capsys, *named):
 def arguments(**changes):
     """The arguments of a command, by defaults."""
     return argparse.Namespace(**{**build_parser().defaults(), "processes": 1, **changes})
-
-
-# --- resume ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -99,7 +82,7 @@ def test_resuming_is_exact(train, step, flags, on_resume):
 
 
 @pytest.fixture(scope="module")
-def refined(tmp_path_factory, square_videos):
+def refined(tmp_path_factory, square_videos, narrow_predictor):
     """A predictor, and diffusion that refines around it."""
     given = ["--data_root", square_videos, *words(f"{SMALL} {REFINE}")]
     with pytest.MonkeyPatch.context() as patch:
@@ -158,7 +141,6 @@ def test_a_full_disk_costs_neither_the_run_nor_the_checkpoint_before(train, monk
     assert next(calls) > 8
     assert last(out)["step"] == 3
     assert last(out, "prev.pt")["step"] == 1
-    assert not list(out.glob(".*.tmp"))
     run(out, "--resume")
     assert same_end(straight, out)
 
@@ -187,20 +169,16 @@ def test_another_batch_size_goes_on_at_the_same_clip(train, monkeypatch, before,
     assert saved["lr_scheduler"]["total_steps"] == saved["step"] == 4 // before + 12 // after
 
 
-def test_flags_that_are_given_override_stored_ones_and_the_others_stay(train):
+def test_given_flags_override_stored_ones_but_for_what_a_run_is(train, refined, capsys):
     out = train("a", "--max_steps 1 --color_mode gray --grad_clip 0.5")
-    run(out, "--resume --max_steps 3 --batch_size 3 --size 8 --grad_clip 0.25")
-    run(out, "--resume --max_steps 4")
+    run(out, "--resume --max_steps 2 --batch_size 3 --size 8 --grad_clip 0.25")
+    run(out, "--resume --max_steps 3")
     args = last(out)["args"]
-    assert last(out)["step"] == 4
     assert (args["color_mode"], args["batch_size"], args["grad_clip"]) == ("gray", 3, 0.25)
-
-
-def test_what_a_run_is_cannot_be_changed_on_resume(train, refined, capsys):
-    out = train("a", "--max_steps 1")
+    assert last(out)["step"] == 3
     changed = {"num_frames": 9, "channel_mults": 2, "temporal_attn_levels": "", "size": 16}
     changed |= {"seed": 1, "val_ratio": 0.5, "max_videos": 5, "endpoint_context": 1}
-    changed |= {"frame_stride": 2, "color_mode": "gray", "base_channels": 8, "res_blocks": 2}
+    changed |= {"frame_stride": 2, "color_mode": "rgb", "base_channels": 8, "res_blocks": 2}
     changed |= {"timesteps": 500, "beta_schedule": "linear", "cfg_drop_prob": 0.5}
     changed |= {"temporal_loss_weight": 0.5, "noise_offset": 0.1, "optimizer": "muon"}
     changed |= {"train": "predictor", "predictor": refined / "predictor" / "best.pt"}
@@ -208,7 +186,7 @@ def test_what_a_run_is_cannot_be_changed_on_resume(train, refined, capsys):
     for name, value in changed.items():
         flag = {"num_frames": "--T"}.get(name, f"--{name}")
         capsys.readouterr()
-        run(out, f"--resume --max_steps 2 {flag} {value}", status=2)
+        run(out, f"--resume --max_steps 9 {flag} {value}", status=2)
         check_refusal(capsys, f"{flag} ", f"{out / 'last.pt'}")
 
 
@@ -238,9 +216,6 @@ def test_stored_arguments_of_another_kind_are_one_line(train, capsys):
         capsys.readouterr()
         run(out, "--resume --max_steps 2", status=2)
         check_refusal(capsys, f"{out / 'last.pt'}")
-
-
-# --- learning rate --------------------------------------------------------------------------------
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine():
@@ -282,9 +257,6 @@ def test_max_steps_overrides_epochs(train, epochs):
     rates = [line["lr"] for line in lines(out, "train")]
     cosines = [math.cos(math.pi * step / 6) for step in range(6)]
     assert rates == pytest.approx([0.5e-3 * (1 + cosine) for cosine in cosines])
-
-
-# --- one step, of a loss with known gradients -----------------------------------------------------
 
 
 class Sum(torch.nn.Module):
@@ -348,13 +320,9 @@ def test_the_unscaled_gradient_is_clipped_to_its_largest_norm(scale):
     assert steps.state.metrics.read()["grad_norm"] == pytest.approx(16)
     # Those of 0.4 have a norm of 1.6, and stay.
     assert steps.take([0.4]) == pytest.approx(0.95 - 0.1 * 0.4, abs=1e-6)
-
-
-def test_an_overflow_of_the_loss_scaler_skips_the_step_and_lowers_the_scale():
-    steps = Steps(scale=2.0**127)
-    assert steps.take([4.0]) == 1
+    # An overflow of the loss scaler skips the step.
+    assert steps.take([math.inf]) == pytest.approx(0.91, abs=1e-6)
     assert steps.state.metrics.read()["skipped"] == 1
-    assert steps.state.scaler.get_scale() == 2.0**126
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -380,57 +348,6 @@ def test_ema_copies_the_weights_at_first_and_then_decays_towards_them():
         expected = weight if number <= 2 else 0.75 * expected + 0.25 * weight
         assert steps.state.ema.matrix[0, 0].item() == pytest.approx(expected, abs=1e-6)
     assert abs(expected - weight) > 0.1
-
-
-def test_each_batch_draws_its_length_which_is_that_of_every_process(monkeypatch):
-    drawn = []
-
-    def look(model, start, middle, end, generator):
-        drawn.append(middle.shape[2] + 4)
-        return model.matrix.sum().expand(1)
-
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        steps = Steps(num_frames=[6, 12], grad_accum=2)
-        steps.objective = SimpleNamespace(loss=look)
-        for _ in range(40):
-            steps.take([0.0], [0.0])
-    assert set(drawn) == set(range(6, 13))
-    assert drawn[:80] == drawn[80:]
-    assert drawn[0:80:2] != drawn[1:80:2]
-
-
-def step_of(refined):
-    """A step of the second stage as a function without arguments, and its objective."""
-    checkpoint = last(refined)
-    args = argparse.Namespace(**checkpoint["args"], dry_run=False)
-    state = init_state(args, build_network(args, CPU), CPU, None)
-    state.plan_steps(args, epoch_steps=1)
-    objective = pick_objective(args, state.ema, checkpoint["predictor"], 1, None)
-    clips = itertools.repeat(torch.rand(2, 3, 8, 8, 8))
-    return lambda: train_step(state, objective, clips, args, None), objective
-
-
-def test_no_step_waits_for_a_number(refined):
-    asked = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            asked.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
-    step, _ = step_of(refined)
-    step()
-    with Watch():
-        step()
-    # These would make the host wait for a GPU.
-    assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & set(asked)
-    with Watch():
-        torch.ones(()).item()
-    assert "_local_scalar_dense" in asked
-
-
-# --- steps that are lost --------------------------------------------------------------------------
 
 
 def test_metrics_count_bad_steps_and_leave_what_is_not_finite_out_of_means():
@@ -464,14 +381,12 @@ def test_a_run_that_has_lost_its_gradients_ends_and_is_never_saved_so(train, mon
         return loss(*args, **settings) * (math.nan if is_lost else 1)
 
     monkeypatch.setattr(training.objective, "diffusion_loss", lose_after_two_steps)
-    out = train("a", "--save_every 1 --epochs 9", status=1)
+    out = train("a", "--save_every 21 --epochs 9", status=1)
     check_refusal(capsys, f"{out}")
     kept = last(out)
     assert kept["step"] == 2 + MAX_BAD_IN_ROW - 1
     assert kept["history"]["sums"]["skipped"] == MAX_BAD_IN_ROW - 1
-    assert all_finite(kept["model"])
-    assert all_finite(kept["ema"])
-    assert same(kept["model"], last(out, "prev.pt")["model"])
+    assert all(value.isfinite().all() for part in ("model", "ema") for value in kept[part].values())
 
 
 @pytest.mark.parametrize("rate", ["1e4", "1e30"])
@@ -484,9 +399,6 @@ def test_diverged_weights_are_never_saved_and_end_the_run(train, rate):
     assert not (out / "best.pt").exists()
     short = train("short", f"--max_steps 1 --lr {rate}", status=1)
     assert not (short / "last.pt").exists()
-
-
-# --- stages ---------------------------------------------------------------------------------------
 
 
 def test_the_second_stage_refines_around_the_best_average_of_the_first(refined):
@@ -506,12 +418,15 @@ def test_the_second_stage_refines_around_the_best_average_of_the_first(refined):
 
 
 def test_the_predictor_that_is_refined_around_stays_as_it_is(refined):
-    step, objective = step_of(refined)
-    step()
+    checkpoint = last(refined)
+    args = argparse.Namespace(**checkpoint["args"], dry_run=False)
+    state = init_state(args, build_network(args, CPU), CPU, None)
+    state.plan_steps(args, epoch_steps=1)
+    objective = pick_objective(args, state.ema, checkpoint["predictor"], 1, None)
+    train_step(state, objective, iter([torch.rand(2, 3, 8, 8, 8)]), args, None)
     predictor = objective.pipe.predictor
     assert all(weight.grad is None for weight in predictor.parameters())
-    assert same(dict(predictor.state_dict()), last(refined)["predictor"]["weights"])
-    assert not predictor.training
+    assert same(dict(predictor.state_dict()), checkpoint["predictor"]["weights"])
 
 
 def test_a_run_refines_around_the_predictor_of_any_checkpoint_that_has_one(train, refined, capsys):
@@ -524,18 +439,17 @@ def test_a_run_refines_around_the_predictor_of_any_checkpoint_that_has_one(train
     check_refusal(capsys, f"--predictor {plain}")
 
 
-# --- what a run does ------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """A short run on clips of one moving square that does learn."""
     root = tmp_path_factory.mktemp("learned")
-    write_squares(root / "videos" / "train", 24)
+    write_squares(root / "videos" / "train", 16)
     write_squares(root / "videos" / "val", 3, first=100)
-    flags = "--epochs 8 --ema_decay 0.9 --log_every 3 --ema_update_after_step 10 --lr 2e-3"
-    flags += " --batch_size 4 --vis_every 3 --cache_videos"
-    return run(root / "out", flags, "--data_root", root / "videos", *TINY_FLAGS)
+    flags = f"{SMALL} --epochs 9 --ema_decay 0.9 --log_every 3 --ema_update_after_step 10"
+    flags += " --lr 1e-2 --batch_size 4 --vis_every 4 --cache_videos --base_channels 8"
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_what_is_slow(patch)
+        return run(root / "out", flags, "--data_root", root / "videos")
 
 
 def test_training_lowers_the_validation_loss_and_records_how(learned):
@@ -545,14 +459,12 @@ def test_training_lowers_the_validation_loss_and_records_how(learned):
     assert losses[-1] < 0.8 * losses[0]
     assert last(learned, "best.pt")["best_val_loss"] == min(losses)
     # Previews come at the end, too.
-    assert [line["epoch"] for line in epochs if "psnr" in line] == [3, 6, 8]
+    assert [line["epoch"] for line in epochs if "psnr" in line] == [4, 8, 9]
     assert len(list(learned.glob("epoch_*_sample.mp4"))) == 3
     steps = lines(learned, "train")
-    assert [line["step"] for line in steps] == [1, *range(3, 49, 3)]
+    assert [line["step"] for line in steps] == [1, *range(3, 37, 3)]
     assert set(words("epoch loss lr grad_norm skipped_steps diverged_steps")) <= steps[0].keys()
-    described = json.loads((learned / "run.json").read_text())
-    assert described["args"]["size"] == 16
-    assert described["versions"]["torch"]
+    assert json.loads((learned / "run.json").read_text())["args"]["size"] == 8
 
 
 def test_validation_and_best_are_of_the_average(learned):
@@ -564,13 +476,10 @@ def test_validation_and_best_are_of_the_average(learned):
     frames = torch.stack([clips[0, number].clip for number in range(3)])
     loader = SimpleNamespace(held_out=range(3), validation=lambda: [frames / 127.5 - 1])
     losses = {}
-    with pytest.MonkeyPatch.context() as patch:
-        # The run was not a quick one.
-        patch.setattr("diffusion.loss.VALIDATION_PAIRS", 64)
-        for kind in ("ema", "model"):
-            network = build_network(args, CPU)
-            network.load_state_dict(best[kind])
-            losses[kind] = validate(pick_objective(args, network, None, 3, None), network, loader)
+    for kind in ("ema", "model"):
+        network = build_network(args, CPU)
+        network.load_state_dict(best[kind])
+        losses[kind] = validate(pick_objective(args, network, None, 3, None), network, loader)
     assert losses["ema"] == pytest.approx(best["best_val_loss"], rel=1e-4)
     assert losses["model"] != pytest.approx(best["best_val_loss"], rel=1e-3)
 
@@ -618,20 +527,6 @@ def test_the_end_of_a_loading_process_ends_the_run_with_one_line(train, monkeypa
     monkeypatch.setattr(train_video_ddpm, "train_step", step_and_kill)
     train("a", "--num_workers 1 --epochs 99", status=1)
     check_refusal(capsys, "--num_workers")
-
-
-def test_tensorboard_gets_scalars_and_previews(train):
-    pytest.importorskip("tensorboard", reason="optional: pip install tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    out = train("a", "--max_steps 1 --tensorboard --vis_every 1")
-    events = EventAccumulator(str(out / "tensorboard")).Reload()
-    logged = [event.value for event in events.Scalars("val/val_loss")]
-    assert logged == pytest.approx([line["val_loss"] for line in lines(out, "val")])
-    assert events.Tags()["images"] == ["preview"]
-
-
-# --- flags ----------------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_of_the_original_design():

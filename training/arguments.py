@@ -115,7 +115,7 @@ def resolve_stage(parser: Parser, stage: Stage) -> Start:
     if stage.given.get("resume"):
         checkpoint, source = load_latest(stage.out_dir)
         with checkpoint_errors(source):
-            values.update(checkpoint["args"])
+            values = {**values, **checkpoint["args"]}
             values["given"] = dict(values["given"])
             parser.check_stored(values)
         for name, value in stage.given.items():

@@ -191,8 +191,9 @@ def restore(
         data_step = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
         state.data_step = operator.index(data_step)
         state.best_val_loss = float(checkpoint["best_val_loss"])
-        state.history = checkpoint["history"]
-        sums = [float(state.history["sums"].get(name, 0)) for name in TrainMetrics.NAMES]
+        history = checkpoint["history"]
+        state.history = {"train": [*history["train"]], "epochs": [*history["epochs"]], "sums": {}}
+        sums = [float(history["sums"].get(name, 0)) for name in TrainMetrics.NAMES]
         state.metrics.values = state.metrics.values.new_tensor(sums)
         stored_lr = checkpoint["lr_scheduler"]
         state.lr_schedule = {name: float(stored_lr[name]) for name in LR_SCHEDULE}
