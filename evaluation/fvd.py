@@ -76,4 +76,5 @@ class I3D:
         try:
             return self.network(large.to(self.device), **call).cpu().double().numpy()
         except RuntimeError as error:
-            raise ValueError(f"--fvd_weights: not the I3D of {I3D_URL}: {error}") from error
+            reason = str(error)[-200:]
+            raise ValueError(f"--fvd_weights: not the I3D of {I3D_URL} ({reason})") from error

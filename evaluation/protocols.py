@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Voleti et al. 2022, arXiv:2205.09853. The first two must be these, the rest is compared.
+# Voleti et al. 2022, arXiv:2205.09853. The first two are required, the rest is compared.
 MCVD = {
     "num_frames": 9,
     "endpoint_context": 2,

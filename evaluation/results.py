@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,9 @@ def as_jsonl(lines: Sequence[Line]) -> bytes:
 def read_lines(path: Path) -> list[Line]:
     """The lines of a JSONL file, if any, up to the first that was cut short."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        for text in path.read_text().splitlines():
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
     return lines
 
 
@@ -116,6 +115,7 @@ def summarise(lines: Sequence[Line], method: str, first: str) -> list[Line]:
     entries = [line["methods"][method] for line in lines]
     table = score_table(lines, method)
     n = len(entries[0]["samples"])
+    seconds = float(np.median([entry["seconds"] for entry in entries]))
 
     def row(kind: str, count: int, scores: Mapping[str, Sequence[float]]) -> Line:
         return {
@@ -125,7 +125,7 @@ def summarise(lines: Sequence[Line], method: str, first: str) -> list[Line]:
             "scores": {name: estimate(values) for name, values in scores.items()},
             "versus_first": {},
             "nfe": entries[0]["nfe"],
-            "seconds": float(np.median([entry["seconds"] for entry in entries])),
+            "seconds": seconds,
         }
 
     means = {name: values.mean(axis=1) for name, values in table.items()}

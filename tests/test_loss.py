@@ -139,12 +139,12 @@ def test_training_and_sampling_draw_correlated_noise_and_a_constant_per_clip_and
     assert torch.equal(drawn, correlated(white, 0.5) + 0.5 * constant)
     # Training draws t before, and between the two which clips are dropped.
     stream = generator(0)
-    t = torch.randint(1000, (2,), generator=stream)
-    white = torch.randn(2, 3, 2, 4, 4, generator=stream)
-    dropped = torch.rand(2, generator=stream) < 0.5
-    constant = torch.randn(2, 3, 1, 1, 1, generator=stream)
+    t = torch.randint(1000, (8,), generator=stream)
+    white = torch.randn(8, 3, 2, 4, 4, generator=stream)
+    dropped = torch.rand(8, generator=stream) < 0.5
+    constant = torch.randn(8, 3, 1, 1, 1, generator=stream)
     task = PLAIN._replace(noise=config, cfg_drop_prob=0.5)
-    drawn = sample_training_noise(torch.zeros(2, 3, 2, 4, 4), generator(0), task)
+    drawn = sample_training_noise(torch.zeros(8, 3, 2, 4, 4), generator(0), task)
     assert torch.equal(drawn.t, t)
     assert torch.equal(drawn.eps, correlated(white, 0.5) + 0.5 * constant)
     assert torch.equal(drawn.dropped, dropped)

@@ -1,1 +1,1 @@
-"""Pure tensor functions on clips, bytes on disk, checkpoints, flags, devices, processes; imports no other room."""
+"""Tensors, images, files, checkpoints, flags, devices: what several rooms need."""

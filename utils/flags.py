@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
                 else:
                     parsed = [self._get_value(action, str(item)) for item in several]
                     sound = parsed == several and (action.nargs or several is not value)
-                    sound = sound and (not isinstance(action, OneOrTwo) or len(several) < 3)
+                    sound = sound and (not isinstance(action, OneOrTwo) or len(several) in (1, 2))
             except argparse.ArgumentError:
                 sound = False
             if not sound or (action.choices and value not in [None, *action.choices]):

@@ -27,8 +27,9 @@ def load_context(frames: Frames, size: FrameSize, color_mode: str) -> Tensor:
         frames = load_frames(frames, size, color_mode)
     if frames.dtype == torch.uint8:
         frames = to_float(frames)
-    if not frames.is_floating_point():
-        raise ValueError(f"frames must be float in [-1, 1] or uint8 (got {frames.dtype})")
+    if not frames.is_floating_point() or frames.dim() not in (4, 5):
+        rule = "frames must be [B,C,K,H,W] or [C,K,H,W], float in [-1, 1] or uint8"
+        raise ValueError(f"{rule} (got {frames.dtype} {list(frames.shape)})")
     return frames.float() if frames.dim() == 5 else frames.float()[None]
 
 
