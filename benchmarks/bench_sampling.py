@@ -48,6 +48,7 @@ class OriginalDenoiser(nn.Module):
         super().__init__()
         self.model = measure.use_default_layout(copy.deepcopy(model))
         self.endpoint_context = model.endpoint_context
+        self.image_channels = model.image_channels
 
     def encode_contexts(self, start_context: Tensor, end_context: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the contexts for `denoise`."""
