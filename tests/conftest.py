@@ -125,7 +125,7 @@ def leave_out_what_is_slow(patch):
     patch.setattr(os, "fsync", lambda descriptor: None)
     patch.setattr(training.logger, "describe_machine", lambda device: {})
     patch.setattr(utils.io, "save_training_curves", lambda file, history: False)
-    patch.setattr(diffusion.loss, "VALIDATION_PAIRS", 8)
+    patch.setattr(diffusion.loss, "VALIDATION_PAIRS", 4)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ from utils.video_utils import as_pair
 
 # The smallest network that trains.
 SMALL = "--size 8 --base_channels 4 --channel_mults 1 --res_blocks 1 --temporal_attn_levels 0"
-SMALL += " --batch_size 2 --num_workers 0 --vis_every 0 --lr 1e-3"
+SMALL += " --batch_size 2 --num_workers 0 --vis_every 0 --vis_steps 2 --lr 1e-3"
 FORK = multiprocessing.get_context("fork")
 
 
@@ -112,7 +112,7 @@ def disturb(how, count, folder, seed=0, steps=24):
     """Kill or stop training, until each run has come to its end; returns counts."""
     rng = random.Random(seed)
     flags = f"--max_steps {steps}"
-    flags += " --save_every 1" if how == "kill" else " --num_workers 2"
+    flags += " --save_every 1" if how == "kill" else " --num_workers 1"
     expected = -signal.SIGKILL if how == "kill" else 128 + signal.SIGTERM
     write_squares(folder / "clips")
     clock = time.monotonic()

@@ -92,7 +92,7 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--grad_accum 2 --T 6 9 --vis_every 2 --max_steps 4", "--train predictor --epochs 3"]
+    "flags", ["--grad_accum 2 --T 6 9 --vis_every 2 --max_steps 4", "--train predictor --epochs 2"]
 )
 def test_two_processes_are_one_of_twice_the_batch(train_on, tmp_path, flags):
     one = train_on(1, "one", f"{flags} --batch_size 4")
@@ -111,13 +111,13 @@ def test_two_processes_are_one_of_twice_the_batch(train_on, tmp_path, flags):
 def test_a_signal_to_one_process_stops_all_at_one_step_and_one_goes_on_by_itself(
     train_on, tmp_path
 ):
-    straight = train_on(1, "one", "--max_steps 8 --batch_size 4")
-    stop = at(1, 5, lambda: signal.raise_signal(signal.SIGTERM))
-    two = train_on(2, "two", "--max_steps 8 --batch_size 2", act=stop)
+    straight = train_on(1, "one", "--max_steps 6 --batch_size 4")
+    stop = at(1, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    two = train_on(2, "two", "--max_steps 6 --batch_size 2", act=stop)
     assert two.statuses == [143, 143]
     assert same(*two.weights)
     saved = load_checkpoint(tmp_path / "two" / "last.pt")
-    assert (saved["step"], saved["args"]["processes"]) == (5, 2)
+    assert (saved["step"], saved["args"]["processes"]) == (3, 2)
     alone = train_on(1, "two", given=["--resume", "--batch_size", "4"])
     assert alone.statuses == [0]
     assert distance(straight.weights[0], alone.weights[0]) < 1e-5
@@ -130,8 +130,7 @@ def test_a_process_that_is_killed_ends_the_other(train_on, tmp_path, killed):
     run = train_on(2, "run", "--save_every 1 --max_steps 4000", act=die)
     assert run.statuses[killed] == -signal.SIGKILL
     assert run.statuses[1 - killed] == 1
-    assert len(run.logs[1 - killed].splitlines()[-1:]) == 1
-    assert "Traceback" not in run.logs[1 - killed]
+    assert "--resume" in run.logs[1 - killed].splitlines()[-1]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] in (2, 3)
 
 

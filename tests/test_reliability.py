@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick", "narrow_predictor")
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_runs_that_are_killed_or_stopped_at_random_end_as_the_undisturbed_one(tmp_path, how):
-    counts = soak.disturb(how, 2, tmp_path, steps=8)
+    counts = soak.disturb(how, 2, tmp_path, steps=6)
     assert counts["disturbed"] >= 2
     assert soak.broken(counts) == {}
 
@@ -43,10 +43,9 @@ def test_values_of_another_kind_deep_in_a_checkpoint_are_refused(tmp_path):
     whole = soak.make_bases("resume", tmp_path)[0]
     path = tmp_path / "last.pt"
     odd = {"epoch": 1.5, "step_in_epoch": torch.zeros(3), "best_val_loss": torch.zeros(3)}
-    odd |= {"lr_scheduler.start_lr": None, "lr_scheduler.total_steps": "x", "optimizer": 1}
-    odd |= {"args.grad_accum": [1], "args.given": 1.5, "args": [], "history.sums.skipped": [1]}
-    odd |= {"predictor.config.endpoint_context": "", "predictor.weights": None, "history": None}
-    odd |= {"model": {}, "ema": None, "args.processes": "x", "history.epochs": 1}
+    odd |= {"lr_scheduler.start_lr": None, "optimizer": 1, "model": {}, "history.epochs": 1}
+    odd |= {"args": [], "args.given": 1.5, "args.processes": "x", "history.sums.skipped": [1]}
+    odd |= {"predictor.config.endpoint_context": "", "predictor.weights": None}
     for place, value in odd.items():
         path.write_bytes(whole)
         checkpoint = load_checkpoint(path)
