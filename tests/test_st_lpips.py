@@ -14,6 +14,7 @@ from evaluation.st_lpips import (
     st_lpips,
     weights_path,
 )
+from utils.video_utils import to_float, to_uint8
 
 pytestmark = pytest.mark.skipif(weights_path("alex") is None, reason=INSTALL)
 
@@ -47,8 +48,8 @@ def test_a_clips_distance_is_the_mean_of_its_frames_and_gray_counts_as_colour():
     network = ShiftTolerantLPIPS("alex")
     truth, noisy = pictures()
     # Three 8-bit frames as a gray clip, [1,1,3,H,W].
-    truth = (truth[:, :1] * 127.5).round() / 127.5
-    noisy = (noisy[:, :1] * 127.5).round() / 127.5
+    truth = to_float(to_uint8(truth[:, :1]))
+    noisy = to_float(to_uint8(noisy[:, :1]))
     with torch.no_grad():
         frames = network(noisy.expand(-1, 3, -1, -1), truth.expand(-1, 3, -1, -1))
     clip = st_lpips(network, noisy.transpose(0, 1)[None], truth.transpose(0, 1)[None])
