@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.kinetics_video_dataset import ResumableBatchSampler, steps_per_epoch
 from data.training_clips import ClipLoader, crop_to_length, open_clips
@@ -23,11 +22,22 @@ from diffusion.noise import LENGTH, TRAIN, generator_for
 from diffusion.schedule import SCHEDULES
 from training import distributed
 from training.arguments import Start, plan_stages, resolve_stage
-from training.checkpointer import Checkpointer
+from training.checkpointer import Checkpointer, claim
 from training.distributed import print0
 from training.logger import Logger, describe_run
-from training.objective import Objective, build_network, configs_of, pick_objective
-from training.signals import StopRequest, end_loading_processes, worker_init_fn
+from training.objective import (
+    Objective,
+    build_network,
+    compile_network,
+    describe_objective,
+    pick_objective,
+)
+from training.signals import (
+    StopRequest,
+    end_loading_processes,
+    name_dead_workers,
+    worker_init_fn,
+)
 from training.state import (
     TrainingState,
     get_lr,
@@ -41,7 +51,6 @@ from training.validation import make_preview, validate
 from utils import flags
 from utils.device import autocast, choose_amp_dtype, explain_oom, resolve_device
 from utils.flags import Parser, integer_up_to, non_negative_int, positive_int
-from utils.io import make_out_dir, remove_stale_temporaries
 from utils.video_utils import as_pair, split_clip
 
 PREVIEW_CLIPS = 8
@@ -210,7 +219,7 @@ def train_step(
     max_norm = args.grad_clip or math.inf
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), max_norm)
     for group in state.optimizer.param_groups:
-        group["lr"] = get_lr(state.step, state.lr_schedule)
+        group["lr"] = get_lr(state.step, args.lr, args.warmup_steps, state.total_steps)
 
     # Update the weights, unless a number is not finite.
     if state.scaler.is_enabled():
@@ -244,7 +253,7 @@ def train(start: Start) -> int:
     """
     args = start.args
 
-    # Settle device, precision and folder.
+    # Settle device and precision.
     device = distributed.init_distributed(resolve_device(args.device))
     args.processes = distributed.world_size()
     amp_dtype = choose_amp_dtype(device) if args.amp else None
@@ -252,11 +261,6 @@ def train(start: Start) -> int:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32
     out_dir = Path(args.out_dir)
-    if distributed.is_main():
-        make_out_dir(out_dir)
-        remove_stale_temporaries(out_dir)
-        # Other machines may write there, whose processes cannot be seen.
-        remove_stale_temporaries(Path(args.cache_dir), untouched=3600)
 
     # Find the clips.
     prepare = partial(
@@ -285,14 +289,13 @@ def train(start: Start) -> int:
         restore(state, start.checkpoint, clips_per_step, epoch_steps, start.source)
     distributed.check_consistency(f"{out_dir}: the step", state.step)
     state.plan_steps(args, epoch_steps)
-    if state.finished:
+    if state.finished and state.validated:
         print0(f"nothing to do: the run in {out_dir} has all its {state.step} steps")
         return 0
     objective = pick_objective(args, state.ema, start.predictor, len(val_clips), amp_dtype)
-    clips = f"{len(train_clips)} training and {len(val_clips)} held-out clips"
-    describe_run(args, state, clips, amp_dtype)
+    describe_run(args, state, (len(train_clips), len(val_clips)), epoch_steps, amp_dtype)
     if args.compile:
-        state.model.compile(dynamic=False)  # in place: the state dict keeps its names
+        compile_network(state.model, args.num_frames)
 
     # Load clips ahead, in an order that can be resumed at any step.
     order = ResumableBatchSampler(
@@ -313,9 +316,9 @@ def train(start: Start) -> int:
         batch_size=args.batch_size,
         workers=distributed.workers_per_process(args.num_workers),
         worker_init_fn=worker_init_fn,
-        log=partial(tqdm.write, file=sys.stderr),
+        log=partial(print0, file=sys.stderr),
     )
-    batches = loader.train()
+    batches = name_dead_workers(loader.train())
     shown = distributed.rank_slice(min(PREVIEW_CLIPS, len(val_clips)))
     preview_clips = loader.read_evenly(shown, PREVIEW_CLIPS) if args.vis_every else None
 
@@ -324,7 +327,7 @@ def train(start: Start) -> int:
     checkpointer = distributed.Silent()
     if distributed.is_main():
         logger = Logger(out_dir, state, device, args.tensorboard)
-        configs = configs_of(args, objective, start.predictor)
+        configs = describe_objective(args, objective, start.predictor)
         checkpointer = Checkpointer(
             out_dir=out_dir,
             last_is_whole=start.source is not None and start.source.name == "last.pt",
@@ -336,55 +339,68 @@ def train(start: Start) -> int:
     stop = StopRequest()
     stopped_by = 0
     try:
-        while not (state.finished or stopped_by):
-            train_step(state, objective, batches, args, amp_dtype)
-            logger.count_step(clips_per_step)
+        while not stopped_by and not (state.finished and state.validated):
+            # A run that was stopped while it validated an epoch does that first.
+            epoch_ends = state.step > 0 and state.data_step % epoch_steps == 0 or state.finished
+            if not epoch_ends or state.validated:
+                train_step(state, objective, batches, args, amp_dtype)
+                logger.count_step(clips_per_step)
+                epoch_ends = state.data_step % epoch_steps == 0 or state.finished
 
-            # Once in a while: log. Between saves, only this waits for the device.
-            if state.step % args.log_every == 0 or state.step == 1:
-                line_loss = state.metrics.take_mean("line")
-                if line_loss is not None:
-                    state.history["train"].append([state.step, line_loss])
-                logger.log_train(state, state.data_step / epoch_steps, line_loss)
+                # Once in a while: log. Between saves, only this waits for the device.
+                if state.step % args.log_every == 0 or state.step == 1:
+                    line_loss = state.metrics.take_mean("line")
+                    if line_loss is not None:
+                        state.history["train"].append([state.step, line_loss])
+                    logger.log_train(state, state.data_step / epoch_steps, line_loss)
 
-            # At the end of an epoch: validate and preview (all ranks participate).
-            stopped_by = distributed.all_reduce_max(stop.signal)
-            epoch_ends = state.data_step % epoch_steps == 0 or state.finished
+            # At the end of an epoch: validate (all ranks participate).
+            val_loss = None
             if epoch_ends:
-                epoch = math.ceil(state.data_step / epoch_steps)
-                is_shown = args.vis_every and (epoch % args.vis_every == 0 or state.finished)
                 with autocast(device, amp_dtype):
-                    val_loss = validate(objective, state.ema, loader)
+                    val_loss = validate(objective, state.ema, loader, stop)
+            stopped_by = distributed.all_reduce_max(stop.signal)
+            if val_loss is not None:
                 entry = {
                     "step": state.step,
-                    "epoch": epoch,
+                    "epoch": math.ceil(state.data_step / epoch_steps),
                     "train_loss": state.metrics.take_mean("epoch"),
                     "val_loss": val_loss,
                     **state.metrics.bad_steps(),
                 }
-                if is_shown:
-                    preview = make_preview(objective.pipe, preview_clips, shown.start, args)
-                    entry.update(logger.log_preview(epoch, state.step, preview) or {})
                 state.history["epochs"].append(entry)
-                logger.log_epoch(entry, state)
 
             # Save at the end of an epoch, when due, and before stopping.
             is_due = args.save_every > 0 and state.step % args.save_every == 0
             if epoch_ends or stopped_by or is_due:
                 state.history["sums"] = state.metrics.read()
-                if epoch_ends:
+                if val_loss is not None:
                     checkpointer.save_best(state, val_loss)
                 checkpointer.save_last(state)
                 logger.restart_clock()
+
+            # Show what the run can do without.
+            if val_loss is not None:
+                epoch = entry["epoch"]
+                if args.vis_every and (epoch % args.vis_every == 0 or state.finished):
+                    with logger.optional("preview"):
+                        preview = make_preview(objective.pipe, preview_clips, shown.start, args)
+                        entry.update(logger.log_preview(epoch, state.step, preview) or {})
+                logger.log_epoch(entry, state)
     except FloatingPointError as error:
         words = f"after step {state.step}: {error}; what was saved is in {out_dir}"
         raise FloatingPointError(words) from error
+    except (ValueError, OSError, RuntimeError):
+        # Where data, memory or another process failed, the weights are whole.
+        checkpointer.save_last(state)
+        print0(f"after step {state.step}: --resume goes on from {out_dir}", file=sys.stderr)
+        raise
     finally:
         logger.close()
         stop.restore()
 
     checkpointer.raise_failure()
-    if state.finished:
+    if state.finished and state.validated:
         print0(f"done: {state.step} steps, {out_dir / 'last.pt'}")
         return 0
     name = signal.Signals(stopped_by).name
@@ -405,7 +421,8 @@ def main(argv: list[str] | None = None) -> int:
         end_loading_processes(),
     ):
         for stage in plan_stages(parser, argv, PRESETS):
-            status = train(resolve_stage(parser, stage))
+            with claim(stage.out_dir):
+                status = train(resolve_stage(parser, stage))
             if status:
                 break
         distributed.cleanup()

@@ -26,7 +26,7 @@ import train_video_ddpm
 from benchmarks import measure
 from diffusion.noise import TRAIN, generator_for
 from models.video_unet3d import VideoUNet3D
-from training.objective import Objective, build_network, model_config_of, pick_objective
+from training.objective import Objective, build_network, describe_network, pick_objective
 from training.state import TrainingState, init_state
 from utils.device import autocast, choose_amp_dtype, resolve_device
 from utils.flags import Parser
@@ -125,7 +125,7 @@ def forward_flops(args: argparse.Namespace) -> int:
         clip = torch.empty(1, 3, args.num_frames, args.size, args.size)
         start, middle, end = split_clip(clip, k)
         t = torch.zeros(1, dtype=torch.long)
-        VideoUNet3D(**model_config_of(args))(middle, t, start, end)
+        VideoUNet3D(**describe_network(args))(middle, t, start, end)
     return counter.get_total_flops()
 
 

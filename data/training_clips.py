@@ -20,6 +20,7 @@ from data.kinetics_video_dataset import (
 )
 from data.synthetic_videos import make_synthetic_videos
 from data.video_index import clip_span, prepare_videos
+from utils.io import remove_stale_temporaries
 from utils.video_utils import FrameSize
 
 
@@ -44,6 +45,8 @@ def open_clips(
 
     Raises: ValueError: if there are none, or no room for the cache.
     """
+    # Other machines may write there, whose processes cannot be seen.
+    remove_stale_temporaries(Path(cache_dir), untouched=3600)
     threads = os.cpu_count() or 1  # for rendering, indexing and caching
     train_videos, val_videos = prepare_videos(
         data_root or make_synthetic_videos(cache_dir, threads),

@@ -182,7 +182,7 @@ def sample(path):
 
 def resume(path):
     """What --resume does with a last.pt, up to the end of the next step."""
-    stage = Stage(out_dir=path.parent, given={"resume": True}, preset={})
+    stage = Stage(out_dir=path.parent, given={}, preset={}, resume=True)
     args, checkpoint, source, predictor = resolve_stage(train_video_ddpm.build_parser(), stage)
     device = torch.device("cpu")
     state = init_state(args, build_network(args, device), device, None)

@@ -43,8 +43,8 @@ def test_values_of_another_kind_deep_in_a_checkpoint_are_refused(tmp_path):
     whole = soak.make_bases("resume", tmp_path)[0]
     path = tmp_path / "last.pt"
     odd = {"epoch": 1.5, "step_in_epoch": torch.zeros(3), "best_val_loss": torch.zeros(3)}
-    odd |= {"lr_scheduler.start_lr": None, "optimizer": 1, "model": {}, "history.epochs": 1}
-    odd |= {"args": [], "args.given": 1.5, "args.processes": "x", "history.sums.skipped": [1]}
+    odd |= {"lr_scheduler.total_steps": None, "optimizer": 1, "model": {}, "history.epochs": 1}
+    odd |= {"args": [], "args.processes": "x", "history.sums.skipped": [1]}
     odd |= {"predictor.config.endpoint_context": "", "predictor.weights": None}
     for place, value in odd.items():
         path.write_bytes(whole)

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         with checkpoint_errors(args.ckpt):
             exported = {name: checkpoint[name] for name in KEPT}
             exported["ema"] = {name: w.half() for name, w in checkpoint["ema"].items()}
-            exported["args"].update(dict.fromkeys(PLACES), given={})
+            exported["args"].update(dict.fromkeys(PLACES))
             if exported["predictor"] is not None:
                 frozen = exported["predictor"]["weights"]
                 frozen.update({name: w.half() for name, w in frozen.items()})

@@ -14,17 +14,14 @@ from utils.checkpoint import checkpoint_errors, load_checkpoint
 from utils.flags import Parser
 from utils.video_utils import as_pair, middle_length
 
-# What a run is; --resume may not change it.
-SPLIT_FLAGS = ("seed", "val_ratio", "max_videos")
-CLIP_FLAGS = ("num_frames", "endpoint_context", "size", "frame_stride", "color_mode")
 MODEL_FLAGS = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels")
-LOSS_FLAGS = ("timesteps", "beta_schedule", "cfg_drop_prob", "temporal_loss_weight", "noise_offset")
+# What a run is; --resume may not change it.
 FIXED_FLAGS = {
     *("train", "predictor", "optimizer"),
-    *SPLIT_FLAGS,
-    *CLIP_FLAGS,
+    *("seed", "val_ratio", "max_videos"),
+    *("num_frames", "endpoint_context", "size", "frame_stride", "color_mode"),
     *MODEL_FLAGS,
-    *LOSS_FLAGS,
+    *("timesteps", "beta_schedule", "cfg_drop_prob", "temporal_loss_weight", "noise_offset"),
 }
 UNSAVED_FLAGS = ("resume", "dry_run")  # what a command does, as against what a run is
 
@@ -35,6 +32,7 @@ class Stage(NamedTuple):
     out_dir: Path  # of its checkpoints
     given: dict[str, Any]  # flags on the command line
     preset: dict[str, Any]  # values of flags that are not given
+    resume: bool  # whether it goes on from a checkpoint
 
 
 class Start(NamedTuple):
@@ -56,50 +54,41 @@ def plan_stages(
     Raises: ValueError: for a missing or present last.pt, before anything is trained.
     """
     given = parser.parse_given(argv)
-    stages = presets.get(given.get("preset"), {})
-    values = {**parser.defaults(), **stages.get("both", {}), **given}
-    out_dir = Path(values["out_dir"])
-    resume = given.get("resume", False)
-    dry_run = given.get("dry_run", False)
-    if dry_run:
+    resume = given.pop("resume", False)
+    preset = presets.get(given.get("preset"), {})
+    out_dir = Path({**parser.defaults(), **preset.get("both", {}), **given}["out_dir"])
+    if "dry_run" in given:
         if resume:
             raise ValueError("--dry_run must be given without --resume")
         out_dir = out_dir / "dry_run"
         if is_main():
             shutil.rmtree(out_dir, ignore_errors=True)
-    predictor_dir = out_dir / "predictor"
-    if resume and not has_checkpoint(out_dir):
-        # A preset that was stopped in its first stage goes on with what its command said.
-        stored = load_latest(predictor_dir)[0]["args"] if has_checkpoint(predictor_dir) else {}
-        if not stored.get("preset"):
-            missing = f"there is no {out_dir / 'last.pt'}; without --resume a new run starts"
-            raise ValueError(f"--resume: {missing}")
-        with checkpoint_errors(predictor_dir):
-            given = {**stored["given"], **given}
-            stages = presets[given["preset"]]
-    for folder in (out_dir, predictor_dir) if stages else (out_dir,):
-        # Another process than the main one may see an earlier dry run, which is being removed.
-        if has_checkpoint(folder) and not (resume or dry_run):
-            remedy = "pass --resume or choose another folder"
-            raise ValueError(f"--out_dir {folder} already holds a checkpoint; {remedy}")
-    if not stages:
-        return [Stage(out_dir, given, {})]
-    if "train" in given or "predictor" in given:
+    if preset and ("train" in given or "predictor" in given):
         raise ValueError("--preset sets --train and --predictor: give it without them")
 
-    predictor = {**stages["both"], **stages["predictor"], "train": "predictor"}
     # The second stage refines around what the first has learned.
-    diffusion = {
-        **stages["both"],
-        **stages["diffusion"],
-        "predictor": str(predictor_dir / "best.pt"),
-    }
-    if has_checkpoint(out_dir):
-        return [Stage(out_dir, given, diffusion)]
-    return [
-        Stage(predictor_dir, given, predictor),
-        Stage(out_dir, {**given, "resume": False}, diffusion),
-    ]
+    runs = {out_dir: {}}
+    if preset:
+        first = out_dir / "predictor"
+        second = {"predictor": str(first / "best.pt")}
+        runs = {
+            first: {**preset["both"], **preset["predictor"], "train": "predictor"},
+            out_dir: {**preset["both"], **preset["diffusion"], **second},
+        }
+    begun = [folder for folder in runs if has_checkpoint(folder)]
+    if resume and not begun:
+        missing = f"there is no {out_dir / 'last.pt'}; without --resume a new run starts"
+        raise ValueError(f"--resume: {missing}")
+    # Another process than the main one may see an earlier dry run, which is being removed.
+    if begun and not resume and "dry_run" not in given:
+        remedy = "pass --resume or choose another folder"
+        raise ValueError(f"--out_dir {begun[0]} already holds a checkpoint; {remedy}")
+    stages = [Stage(folder, given, values, resume=False) for folder, values in runs.items()]
+    if resume:
+        # What comes before the newest stage that has begun is done.
+        stages = stages[list(runs).index(begun[-1]) :]
+        stages[0] = stages[0]._replace(resume=True)
+    return stages
 
 
 def resolve_stage(parser: Parser, stage: Stage) -> Start:
@@ -109,14 +98,13 @@ def resolve_stage(parser: Parser, stage: Stage) -> Start:
     """
     # What a stage before has saved must be on disk in every process's eyes.
     wait_for_all()
-    values = {**parser.defaults(), **stage.preset, "given": {}}
+    values = {**parser.defaults(), **stage.preset}
     checkpoint = None
     source = None
-    if stage.given.get("resume"):
+    if stage.resume:
         checkpoint, source = load_latest(stage.out_dir)
         with checkpoint_errors(source):
-            values = {**values, **checkpoint["args"]}
-            values["given"] = dict(values["given"])
+            values.update(checkpoint["args"])
             parser.check_stored(values)
         for name, value in stage.given.items():
             flag = "T" if name == "num_frames" else name
@@ -128,7 +116,6 @@ def resolve_stage(parser: Parser, stage: Stage) -> Start:
                 print0(f"--{flag} {value} overrides the checkpoint's {stored}")
     values.update(stage.given)
     values["out_dir"] = str(stage.out_dir)
-    values["given"] = {**values["given"], **stage.given}
     args = argparse.Namespace(**values)
     check_args(args)
     predictor = checkpoint["predictor"] if checkpoint else load_predictor(args)

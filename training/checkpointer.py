@@ -1,16 +1,18 @@
 """When a run's checkpoints are written, and which of them a run goes on from."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from training.distributed import print0
+from training.distributed import is_main, print0
 from training.state import TrainingState
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.io import make_out_dir, remove_stale_temporaries
 
 NAMES = ("last.pt", "prev.pt")
 
@@ -70,6 +72,30 @@ class Checkpointer:
             failure = error
         tqdm.write(f"WARNING: {failure}; earlier checkpoints are untouched", file=sys.stderr)
         return failure
+
+
+@contextlib.contextmanager
+def claim(out_dir: Path) -> Iterator[None]:
+    """Make a run's folder, and keep other runs out of it for as long as this process lives.
+
+    Raises: ValueError: if the folder cannot be made, or another run has it.
+    """
+    if not is_main():
+        yield
+        return
+    make_out_dir(out_dir)
+    with (out_dir / ".lock").open("w") as file:
+        # Windows has no such locks, and not every file system has.
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            try:
+                # Loading processes, which may live longer, do not inherit it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"--out_dir {out_dir} is in use by another run") from error
+        remove_stale_temporaries(out_dir)
+        yield
 
 
 def has_checkpoint(folder: Path) -> bool:

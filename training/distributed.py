@@ -6,6 +6,7 @@ branches.
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TextIO
@@ -27,6 +28,8 @@ LOST_PEER_SIGNS += ("gloo/transport", "nccl")
 
 class Silent:
     """Stands in for logger and checkpointer off rank 0: every method does nothing."""
+
+    optional = staticmethod(contextlib.nullcontext)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -60,8 +63,14 @@ def rank_slice(count: int) -> range:
 
 def print0(*values: Any, file: TextIO | None = None) -> None:
     """Print on rank 0 what all processes would print alike."""
-    if is_main():
+    if not is_main():
+        return
+    file = file or sys.stdout
+    try:
         print(*values, file=file, flush=True)
+    except OSError:
+        # The terminal is gone or the disk is full: the run goes on, and prints nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 # --- begin and end --------------------------------------------------------------------------------

@@ -37,20 +37,18 @@ class TrainMetrics:
     @torch.no_grad()
     def add(self, loss: Tensor, norm: Tensor) -> None:
         """Count one step: its loss and gradient norm, 0-dimensional, on the device."""
-        sums = dict(zip(self.NAMES, self.values.unbind(), strict=True))
         is_finite = loss.isfinite() & norm.isfinite()
         finite = is_finite.to(self.values)
         loss = torch.where(is_finite, loss.to(self.values), 0.0)
         diverged = (loss > self.threshold).to(self.values)
         bad = 1 - finite + diverged
-        for span in ("line", "epoch"):
-            sums[f"{span}_loss"] = sums[f"{span}_loss"] + loss
-            sums[f"{span}_steps"] = sums[f"{span}_steps"] + finite
-        sums["grad_norm"] = norm.to(self.values)
-        sums["skipped"] = sums["skipped"] + 1 - finite
-        sums["diverged"] = sums["diverged"] + diverged
-        sums["bad_in_row"] = (sums["bad_in_row"] + bad) * bad
-        self.values = torch.stack([sums[name] for name in self.NAMES])
+        bad_in_row = (self.values[-1] + bad) * bad
+        norm = norm.to(self.values)
+        step = [loss, finite, loss, finite, norm, 1 - finite, diverged, bad_in_row]
+        # The norm and the row are values of the newest step, all others are sums.
+        self.values[4] = 0
+        self.values[7] = 0
+        self.values += torch.stack(step)
 
     def read(self) -> dict[str, float]:
         """Every entry by name; this waits for the device.

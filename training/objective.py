@@ -1,6 +1,9 @@
 """What a run learns, picked once: its network, its loss, and what its checkpoints say of it."""
 
 import argparse
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +25,7 @@ from models.modules.layers import use_fast_layout
 from models.predictor import FramePredictor
 from models.video_unet3d import VideoUNet3D
 from training.arguments import MODEL_FLAGS, UNSAVED_FLAGS
-from training.distributed import rank, world_size
+from training.distributed import print0, rank, world_size
 from utils.checkpoint import checkpoint_errors
 from utils.video_utils import as_pair
 
@@ -35,7 +38,7 @@ class Objective(NamedTuple):
     pipe: MiddleFramePipeline  # samples with the EMA, for previews
 
 
-def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
+def describe_network(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the network that the run trains."""
     config = {
         "image_channels": 1 if args.color_mode == "gray" else 3,
@@ -45,7 +48,7 @@ def model_config_of(args: argparse.Namespace) -> dict[str, Any]:
     return {**config, **{name: getattr(args, name) for name in names}}
 
 
-def clip_config_of(args: argparse.Namespace) -> dict[str, Any]:
+def describe_clips(args: argparse.Namespace) -> dict[str, Any]:
     """What a clip is to sampling, unless told otherwise; of --T 6 12 the longest."""
     return {
         "num_frames": as_pair(args.num_frames)[1],
@@ -59,7 +62,17 @@ def build_network(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """The network that the run trains, with fresh weights by the seed."""
     torch.manual_seed(generator_for(args.seed, INIT).initial_seed())
     network = {"predictor": FramePredictor, "diffusion": VideoUNet3D}[args.train]
-    return use_fast_layout(network(**model_config_of(args)).to(device))
+    return use_fast_layout(network(**describe_network(args)).to(device))
+
+
+def compile_network(network: nn.Module, num_frames: int | list[int]) -> None:
+    """torch.compile in place, so that the state dict keeps its names, where a compiler is."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
+    if not any(name and shutil.which(name) for name in names):
+        print0("--compile: no C++ compiler was found, training goes on without", file=sys.stderr)
+        return
+    # Of a range of lengths there may be more versions than torch keeps, so one has to fit all.
+    network.compile(dynamic=None if isinstance(num_frames, list) else False)
 
 
 def pick_objective(
@@ -84,7 +97,7 @@ def pick_objective(
     pipe = partial(
         MiddleFramePipeline,
         schedule=task.schedule,
-        clip_config=clip_config_of(args),
+        clip_config=describe_clips(args),
         noise=task.noise,
         amp_dtype=amp_dtype,
     )
@@ -103,20 +116,20 @@ def pick_objective(
     )
 
 
-def configs_of(
+def describe_objective(
     args: argparse.Namespace, objective: Objective, predictor: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What a checkpoint says of the run, beside its state."""
     noise = objective.pipe.noise
     return {
         "predictor": predictor,
-        "model_config": model_config_of(args),
+        "model_config": describe_network(args),
         "diffusion_config": {
             "timesteps": args.timesteps,
             "schedule": args.beta_schedule,
             "noise_offset": noise.offset,
             "noise_correlation": noise.correlation,
         },
-        "clip_config": clip_config_of(args),
+        "clip_config": describe_clips(args),
         "args": {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS},
     }

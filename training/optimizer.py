@@ -1,5 +1,7 @@
 """Muon: an optimiser for the matrices of a network, with AdamW for the rest of it."""
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
 
@@ -41,37 +43,54 @@ class Muon(torch.optim.AdamW):
         self.param_groups = [others]  # all that AdamW is to see
         super().step()
         self.param_groups = [others, matrices]
+        # Matrices of equal shape are one batch, as a network has many of few shapes.
+        by_shape = defaultdict(list)
         for weight in matrices["params"]:
             if weight.grad is not None:
-                self._turn(weight, matrices)
+                by_shape[weight.shape].append(weight)
+        for weights in by_shape.values():
+            self._turn(weights, matrices)
 
-    def _turn(self, weight: nn.Parameter, group: dict) -> None:
-        """Update one matrix by its momentum, Nesterov's, with all singular values near 1."""
-        state = self.state[weight]
-        before = state["momentum"] if state else torch.zeros_like(weight)
+    def _turn(self, weights: list[nn.Parameter], group: dict) -> None:
+        """Update matrices of one shape by their orthogonalised Nesterov momentum."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["step"] = torch.zeros(())  # AdamW's loading expects one
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        moments = [self.state[weight]["momentum"] for weight in weights]
+        before = torch.stack(moments)  # [N,C_out,...]
+        grads = torch.stack([weight.grad for weight in weights])
         beta = group["betas"][0]
-        momentum = beta * before + weight.grad
-        nesterov = weight.grad + beta * momentum
-        update = orthogonalised(nesterov.flatten(1)).reshape(weight.shape)
-        scale = UPDATE_RMS * max(len(weight), weight[0].numel()) ** 0.5
-        decayed = (1 - group["lr"] * group["weight_decay"]) * weight
-        updated = decayed - group["lr"] * scale * update
+        momentum = beta * before + grads
+        nesterov = grads + beta * momentum
+        update = orthogonalised(nesterov.flatten(2)).reshape(grads.shape)
+
+        scale = UPDATE_RMS * max(grads.shape[1], grads[0, 0].numel()) ** 0.5
+        old = torch.stack(weights)
+        new = (1 - group["lr"] * group["weight_decay"]) * old - group["lr"] * scale * update
         skip = getattr(self, "found_inf", None)
         if skip is not None:
-            updated = torch.where(skip > 0, weight, updated)
+            new = torch.where(skip > 0, old, new)
             momentum = torch.where(skip > 0, before, momentum)
-        weight.copy_(updated)
-        state["step"] = torch.zeros(())  # which AdamW's loading expects of every state
-        state["momentum"] = momentum
+        torch._foreach_copy_(weights, list(new))
+        torch._foreach_copy_(moments, list(momentum))
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """A matrix [N,M] with its singular vectors and singular values near 1, but for tiny ones."""
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Matrices [N,R,C] with all singular values moved near 1, but for tiny ones.
+
+    Each step multiplies by a polynomial of the Gram matrix, and all of these commute: they are
+    multiplied first, as the Gram matrix is smaller than the convolution's matrix.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    gram = x @ x.mT
+    product = identity = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
     a, b, c = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if is_tall else x
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
+    return x.mT if is_tall else x

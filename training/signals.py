@@ -2,16 +2,20 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from types import FrameType
+
+from torch import Tensor
 
 from utils.flags import RunError
 
-# SIGUSR1 is what batch systems send ahead of time; Windows does not have it.
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]
+# SIGHUP comes when a terminal closes, SIGUSR1 from batch systems ahead of time; Windows has
+# neither.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -23,11 +27,20 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self.previous = {}
+        for number in STOP_SIGNALS:
+            # What nohup has told the system to ignore stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self.restore()
+        # A handler may interrupt a print, so it writes past Python's buffers.
+        name = signal.Signals(number).name
+        with contextlib.suppress(OSError, ValueError):
+            text = f"\n{name}: saving and stopping; a second signal stops at once\n"
+            os.write(sys.stderr.fileno(), text.encode())
 
     def restore(self) -> None:
         """Put the former handlers back."""
@@ -49,22 +62,27 @@ def worker_init_fn(worker: int) -> None:
     signal.signal(signal.SIGTERM, end_next_time)
 
 
-@contextlib.contextmanager
-def end_loading_processes() -> Iterator[None]:
-    """At the end kill loading processes, which outlive a signal and for which Python would wait.
+def name_dead_workers(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same batches.
 
-    Raises: RunError: in place of what torch says, if one of them was killed.
+    Raises: RunError: in place of what torch says, if a loading process was killed.
     """
     try:
-        yield
+        yield from batches
     except (RuntimeError, ConnectionError, EOFError) as error:
         # One that is killed while it hands a clip over breaks the connection.
         is_known = not isinstance(error, RuntimeError)
         if not is_known and not str(error).startswith("DataLoader worker"):
             raise
         reason = "too little memory for --num_workers, or a video that crashes its decoder"
-        remedy = "--resume goes on from the last save"
-        raise RunError(f"a loading process was killed: {reason}; {remedy}") from error
+        raise RunError(f"a loading process was killed: {reason}") from error
+
+
+@contextlib.contextmanager
+def end_loading_processes() -> Iterator[None]:
+    """At the end kill loading processes, which outlive a signal and for which Python would wait."""
+    try:
+        yield
     finally:
         # torch's handler would take their end for an accident; Windows has no such signal.
         handler = None

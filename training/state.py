@@ -20,9 +20,7 @@ from training.optimizer import Muon
 from utils.checkpoint import checkpoint_errors, load_weights
 from utils.device import autocast
 
-LR_SCHEDULE = ("peak_lr", "start_lr", "start_step", "warmup_steps", "total_steps")
 MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})  # of AdamW and of Muon
-Loss = Callable[..., Tensor]  # see Objective
 
 
 @dataclass
@@ -31,8 +29,7 @@ class TrainingState:
 
     `step` counts optimiser steps; `data_step` counts steps' worth of clips since the first epoch
     began. They differ once a run goes on with another batch size. Data and noise follow
-    `data_step`; learning rate and EMA follow `step`. Weights are tried on `probe`, the first
-    batch and its data_step, before they are saved.
+    `data_step`; learning rate and EMA follow `step`.
     """
 
     model: nn.Module  # a VideoUNet3D or a FramePredictor
@@ -45,8 +42,8 @@ class TrainingState:
     data_step: int = 0
     total_steps: int = 0
     best_val_loss: float = math.inf
-    lr_schedule: dict[str, float] = field(default_factory=dict)
-    probe: tuple[Tensor, Tensor, Tensor, int] | None = None  # start, middle, end, data_step
+    # Start, middle, end and data_step of the first batch, on which weights are tried.
+    probe: tuple[Tensor, Tensor, Tensor, int] | None = None
     history: dict[str, Any] = field(default_factory=lambda: {"train": [], "epochs": [], "sums": {}})
 
     @property
@@ -54,15 +51,21 @@ class TrainingState:
         """Whether the run has all its steps."""
         return self.step >= self.total_steps
 
+    @property
+    def validated(self) -> bool:
+        """Whether the newest step has its validation loss."""
+        epochs = self.history["epochs"]
+        return bool(epochs) and epochs[-1]["step"] == self.step
+
     def plan_steps(self, args: argparse.Namespace, epoch_steps: int) -> None:
-        """Decide how far the run goes, and along which learning rates, from where it stands."""
+        """Decide how far the run goes from where it stands."""
+        before = self.total_steps
         left = args.epochs * epoch_steps - self.data_step
         if args.max_steps:
             left = args.max_steps - self.step
-        if args.dry_run:
-            left = 2
-        self.total_steps = self.step + max(0, left)
-        self.lr_schedule = make_lr_schedule(args, self.total_steps, self.step, self.lr_schedule)
+        self.total_steps = 2 if args.dry_run else self.step + max(0, left)
+        if self.step and self.total_steps != before:
+            print0(f"the learning rate now falls to 0 at step {self.total_steps}, not {before}")
 
 
 def init_state(
@@ -87,42 +90,12 @@ def init_state(
     )
 
 
-def get_lr(step: int, schedule: Mapping[str, float]) -> float:
-    """Linear warm-up from start_step, then half a cosine from start_lr to 0 at total_steps."""
-    since = step - schedule["start_step"]
-    warmup = schedule["warmup_steps"]
-    if 0 <= since < warmup:
-        return schedule["start_lr"] * (since + 1) / warmup
-    decay_steps = schedule["total_steps"] - schedule["start_step"] - warmup
-    share = (since - warmup) / max(1, decay_steps)
-    return schedule["start_lr"] * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-def make_lr_schedule(
-    args: argparse.Namespace, total_steps: int, step: int, stored: Mapping[str, float]
-) -> dict[str, float]:
-    """The schedule of `get_lr`, by the checkpoint's, which is empty for a fresh run.
-
-    A resumed run whose length changed bends the curve from where it is, without a jump; with
-    another --lr it begins anew.
-    """
-    fresh = {
-        "peak_lr": args.lr,
-        "start_lr": args.lr,
-        "start_step": 0,
-        "warmup_steps": args.warmup_steps,
-        "total_steps": total_steps,
-    }
-    if not stored:
-        return fresh
-    if args.lr != stored["peak_lr"]:
-        return {**fresh, "start_step": step, "warmup_steps": 0}
-    is_warming_up = step < stored["start_step"] + stored["warmup_steps"]
-    if is_warming_up or total_steps == stored["total_steps"]:
-        return {**stored, "total_steps": total_steps}
-    if step >= stored["total_steps"]:
-        print0("the learning rate has decayed to 0; give another --lr to train on")
-    return {**fresh, "start_step": step, "start_lr": get_lr(step, stored), "warmup_steps": 0}
+def get_lr(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up to the peak, then half a cosine to 0 at total_steps."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    share = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
 @torch.no_grad()
@@ -133,7 +106,9 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 @torch.no_grad()
-def probe_loss(state: TrainingState, loss: Loss, seed: int, amp_dtype: torch.dtype | None) -> float:
+def probe_loss(
+    state: TrainingState, loss: Callable[..., Tensor], seed: int, amp_dtype: torch.dtype | None
+) -> float:
     """The loss of the first batch under the present weights; 0 before the first step."""
     if state.probe is None:
         return 0.0
@@ -150,7 +125,7 @@ def probe_loss(state: TrainingState, loss: Loss, seed: int, amp_dtype: torch.dty
 def to_checkpoint(
     state: TrainingState, configs: Mapping[str, Any], epoch_steps: int
 ) -> dict[str, Any]:
-    """What `restore` and sampling read; `configs` (of `configs_of`) are what does not change."""
+    """What `restore` and sampling read; `configs`, of `describe_objective`, do not change."""
     epoch, step_in_epoch = divmod(state.data_step, epoch_steps)
     return {
         "step": state.step,
@@ -160,7 +135,7 @@ def to_checkpoint(
         "ema": state.ema.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "lr_scheduler": state.lr_schedule,
+        "lr_scheduler": {"total_steps": state.total_steps},
         "history": state.history,
         "best_val_loss": state.best_val_loss,
         **configs,
@@ -190,13 +165,12 @@ def restore(
         state.step = checkpoint["step"]
         data_step = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
         state.data_step = operator.index(data_step)
+        state.total_steps = operator.index(checkpoint["lr_scheduler"]["total_steps"])
         state.best_val_loss = float(checkpoint["best_val_loss"])
         history = checkpoint["history"]
         state.history = {"train": [*history["train"]], "epochs": [*history["epochs"]], "sums": {}}
         sums = [float(history["sums"].get(name, 0)) for name in TrainMetrics.NAMES]
         state.metrics.values = state.metrics.values.new_tensor(sums)
-        stored_lr = checkpoint["lr_scheduler"]
-        state.lr_schedule = {name: float(stored_lr[name]) for name in LR_SCHEDULE}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
@@ -207,8 +181,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) 
         if set(moments) not in MOMENTS:
             raise ValueError(f"an optimizer's state holds {sorted(moments)}")
         for name in moments.keys() - {"step"}:
-            moment = moments[name]
-            if moment.shape != parameter.shape:
-                raise ValueError(f"an optimizer's {name} has shape {tuple(moment.shape)}")
             # A run on another device may have saved another memory layout.
+            moment = moments[name].view_as(parameter)
             moments[name] = torch.empty_like(parameter).copy_(moment)

@@ -11,11 +11,12 @@ from diffusion.noise import PREVIEW, generator_for
 from diffusion.pipeline import MiddleFramePipeline
 from training import distributed
 from training.objective import Objective
+from training.signals import StopRequest
 from utils.video_utils import cross_fade, join_clip, psnr, split_clip
 
 
 class Preview(NamedTuple):
-    """True and generated clips [B,C,T,H,W] in [-1, 1], and mean PSNR in dB of their middles."""
+    """Clips [B,C,T,H,W] in [-1, 1], and mean PSNR in dB of their middles."""
 
     truth: Tensor
     generated: Tensor
@@ -25,15 +26,19 @@ class Preview(NamedTuple):
 
 
 @torch.no_grad()
-def validate(objective: Objective, ema: nn.Module, loader: Any) -> float:
-    """The loss of EMA over the whole held-out split, of which the ClipLoader has a share.
+def validate(objective: Objective, ema: nn.Module, loader: Any, stop: StopRequest) -> float | None:
+    """The loss of EMA over the held-out split, of which the ClipLoader has a share.
 
+    Returns: None if a stop signal came; with several processes, which see it at different
+        batches, that is not heeded.
     Raises: FloatingPointError: if the loss is not finite.
     """
     first = loader.held_out.start
     total = 0.0
     count = 0
     for clips in loader.validation():
+        if stop.signal and distributed.world_size() == 1:
+            return None
         start, middle, end = split_clip(clips, objective.pipe.endpoint_context)
         numbers = range(first, first + len(clips))
         losses = objective.validation_losses(ema, start, middle, end, numbers)
@@ -53,14 +58,15 @@ def make_preview(
 
     Returns: on rank 0, those of all processes.
     """
-    parts = None
-    if clips is not None:
-        start, middle, end = split_clip(clips, pipe.endpoint_context)
+    parts = []
+    for i in range(0, 0 if clips is None else len(clips), args.batch_size):
+        batch = clips[i : i + args.batch_size]
+        start, middle, end = split_clip(batch, pipe.endpoint_context)
         m = middle.shape[2]
         settings = {}
         if pipe.model is not None:
             settings = {"steps": args.vis_steps, "guidance_scale": args.vis_guidance_scale}
-        numbers = range(first, first + len(clips))
+        numbers = range(first + i, first + i + len(batch))
         generated = pipe(
             start,
             end,
@@ -68,13 +74,9 @@ def make_preview(
             generator=[generator_for(args.seed, PREVIEW, number) for number in numbers],
             **settings,
         )
-        parts = (
-            clips.cpu(),
-            join_clip(start, generated, end).cpu(),
-            psnr(generated, middle).cpu(),
-            psnr(cross_fade(start, end, m), middle).cpu(),
-        )
-    gathered = [part for part in distributed.gather(parts) if part is not None]
+        scores = (psnr(generated, middle), psnr(cross_fade(start, end, m), middle))
+        parts.append([part.cpu() for part in (batch, join_clip(start, generated, end), *scores)])
+    gathered = [part for parts in distributed.gather(parts) for part in parts]
     if not gathered:
         return None
     truth, generated, scores, faded = (torch.cat(group) for group in zip(*gathered, strict=True))

@@ -3,8 +3,11 @@
 import argparse
 import math
 import re
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 
@@ -76,6 +79,11 @@ def device_name(text: str) -> str:
     return text
 
 
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    # As Ctrl-C does, so that temporary files are removed.
+    raise KeyboardInterrupt(number)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with defaults in the help and errors on one line."""
 
@@ -95,16 +103,28 @@ class Parser(argparse.ArgumentParser):
         """Around a program's body, whose errors become one line on stderr and the exit status.
 
         2 = ValueError and OSError, which the user can mend; 1 = RunError and FloatingPointError;
-        130 = Ctrl-C, for which the line is `stopped`.
+        128 + n = stopped by signal n, for which the line is `stopped`.
         """
+        for stream in (sys.stdout, sys.stderr):
+            # A console that lacks a character shows its code.
+            stream.reconfigure(errors="backslashreplace")
+        former = {}
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, signal.SIGTERM)
+            if signal.getsignal(number) is signal.SIG_DFL:
+                former[number] = signal.signal(number, _interrupt)
         try:
             yield
         except (RunError, FloatingPointError) as error:
             self.exit(1, f"{self.prog}: {error}\n")
         except (ValueError, OSError) as error:
             self.error(str(error))
-        except KeyboardInterrupt:
-            self.exit(130, f"{stopped}\n")
+        except KeyboardInterrupt as stop:
+            number = stop.args[0] if stop.args else signal.SIGINT
+            self.exit(128 + number, f"{stopped}\n")
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
     def flags(self) -> list[argparse.Action]:
         """Every flag but --help."""
