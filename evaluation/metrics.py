@@ -5,6 +5,7 @@ Frames are [B,C,M,H,W] and contexts [B,C,K,H,W], in [-1, 1]. A function scores e
 """
 
 from collections.abc import Container
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.hub import get_dir
 
+from evaluation.st_lpips import BACKBONES, ShiftTolerantLPIPS, st_lpips
 from utils.io import file_sha256
 from utils.video_utils import (
     PSNR_CEILING,
@@ -127,17 +129,34 @@ def sharpness(middle: Tensor, truth: Tensor) -> Tensor:
 
 
 def diversity(samples: Tensor) -> float:
-    """Mean absolute difference between pairs of samples [N,C,M,H,W] of a clip."""
+    """Mean absolute difference between pairs of samples [N,C,M,H,W] of a clip, in levels."""
     n = len(samples)
     # Over all pairs of sorted values, the i-th counts 2i - n + 1 times.
-    ordered = (levels(samples) / 255).sort(dim=0).values
+    ordered = samples.sort(dim=0).values
     weight = 2 * torch.arange(n).to(ordered) - n + 1
     total = (ordered * weight.view(-1, 1, 1, 1, 1)).sum(0).mean()
     return (total / max(1, n * (n - 1) / 2)).item()
 
 
+def spread(samples: Tensor, truth: Tensor) -> dict[str, float]:
+    """How far samples [N,C,M,H,W] are from each other and from the truth [1,C,M,H,W].
+
+    The ratio of both, over many clips, is the calibration: 1 for samples of the true
+    distribution. After a blur of 5x5 pixels it is that of poses, and not of grain.
+    """
+    found = {}
+    for kind in ("", "_blurred"):
+        pictures = []
+        for clip in (samples, truth):
+            values = levels(clip) / 255
+            pictures.append(F.avg_pool3d(values, (1, 5, 5), 1) if kind else values)
+        found[f"diversity{kind}"] = diversity(pictures[0])
+        found[f"error{kind}"] = (pictures[0] - pictures[1]).abs().mean().item()
+    return found
+
+
 class Scorer:
-    """All scores of clips, without SSIM or LPIPS where `missing` names them.
+    """All scores of clips, without those that `missing` names.
 
     `like_mcvd`: PSNR (clip) is taken before rounding, and SSIM on luma.
     """
@@ -145,12 +164,16 @@ class Scorer:
     def __init__(self, device: torch.device, like_mcvd: bool, missing: Container[str]):
         self.like_mcvd = like_mcvd
         self.has_ssim = "ssim" not in missing
-        self.lpips_network = None
+        self.distances = {}  # score -> function (frames, truth) -> [B]
         if "lpips" not in missing:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-            metric = LearnedPerceptualImagePatchSimilarity(net_type="alex")
-            self.lpips_network = metric.net.to(device)
+            network = LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device)
+            self.distances["lpips"] = partial(lpips, network)
+        if "st_lpips" not in missing:
+            for backbone in BACKBONES:
+                network = ShiftTolerantLPIPS(backbone).to(device)
+                self.distances[f"st_lpips_{backbone}"] = partial(st_lpips, network)
 
     @torch.no_grad()
     def __call__(self, middle: Tensor, truth: Tensor, start: Tensor, end: Tensor) -> list[dict]:
@@ -164,8 +187,8 @@ class Scorer:
         }
         if self.has_ssim:
             columns["ssim"] = ssim(middle, truth, gray=self.like_mcvd)
-        if self.lpips_network is not None:
-            columns["lpips"] = lpips(self.lpips_network, middle, truth)
+        for name, distance in self.distances.items():
+            columns[name] = distance(middle, truth)
         columns["temporal_l1"] = temporal_error(middle, truth)
         columns["static_l1"] = static_error(middle, truth, start, end)
         columns["sharpness"] = sharpness(middle, truth)

@@ -1,20 +1,12 @@
-"""What a reader gets: tables as Markdown, numbers as JSON, and a page with pictures."""
+"""What a reader gets: a table as Markdown, numbers as JSON, and a sheet of clips."""
 
-import base64
-import html
-import io
-import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
-
-import imageio.v3 as iio
-import torch
 
 from evaluation.evaluator import Evaluator
 from evaluation.protocols import PUBLISHED, notes
 from evaluation.results import Line, PerClipResults, summarise
-from utils.io import atomic_write, bordered, observed_frames, save_json, save_training_curves
+from utils.io import atomic_write, contact_sheet, observed_frames, save_json, save_png
 from utils.video_utils import cross_fade, join_clip, split_clip, to_float, to_uint8
 
 # Score -> title and decimals; docs/evaluation.md defines them.
@@ -23,14 +15,16 @@ COLUMNS = {
     "psnr_clip": ("PSNR (clip), dB", 2),
     "ssim": ("SSIM", 4),
     "lpips": ("LPIPS", 4),
+    "st_lpips_alex": ("ST-LPIPS (alex)", 4),
+    "st_lpips_vgg": ("ST-LPIPS (vgg)", 4),
     "temporal_l1": ("temporal error", 5),
     "static_l1": ("static error", 5),
     "sharpness": ("sharpness", 3),
     "diversity": ("diversity", 4),
+    "calibration": ("calibration", 2),
+    "calibration_blurred": ("calibration, blurred", 2),
     "fvd": ("FVD", 1),
 }
-FRAME_MS = 167  # of animations
-STYLE = "img { width: 38rem; image-rendering: pixelated; } pre { overflow-x: auto; }"
 
 
 def write_report(
@@ -39,15 +33,13 @@ def write_report(
     lines: Sequence[Line],
     failures: Sequence[str],
     facts: Mapping[str, Any],
-    history: Mapping[str, Any] | None,
 ) -> None:
-    """Print the table, and write table.md, report.html and metrics.json.
+    """Print the table, and write table.md, metrics.json and clips.png.
 
     Args:
         lines: of the clips that were scored.
         failures: clips that could not be read.
         facts: what else metrics.json holds, such as versions.
-        history: of training; None without a model.
     """
     settings = results.settings
     names = settings["methods"]
@@ -58,21 +50,13 @@ def write_report(
     if settings["protocol"] == "mcvd":
         text += ["", *table_lines(PUBLISHED)]
     table = "\n".join([*text, ""])
-    facts = {"clips": len(lines), "failures": failures, "settings": settings, **facts}
-    parts = {
-        "Scores": f"<pre>{html.escape(table)}</pre>",
-        "Clips": animations(evaluator, lines),
-        "Curves": plot_curves(rows, settings["endpoint_context"], history),
-        "Settings": f"<pre>{html.escape(json.dumps(facts, indent=2))}</pre>",
-    }
-    body = "".join(f"<h2>{name}</h2>\n{part}\n" for name, part in parts.items())
-    page = f'<!DOCTYPE html>\n<meta charset="utf-8"><style>{STYLE}</style>\n{body}'
     folder = results.path.parent
-    for name, text in (("table.md", table), ("report.html", page)):
-        with atomic_write(folder / name) as file:
-            file.write(text.encode())
+    with atomic_write(folder / "table.md") as file:
+        file.write(table.encode())
+    facts = {"clips": len(lines), "failures": failures, "settings": settings, **facts}
     save_json(folder / "metrics.json", {**facts, "rows": rows})
-    print(f"\n{table}\n{folder / 'report.html'}")
+    save_clips(folder / "clips.png", evaluator, lines)
+    print(f"\n{table}\n{folder}")
 
 
 def score_cells(rows: Sequence[Line]) -> list[list[str]]:
@@ -108,60 +92,16 @@ def table_lines(cells: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def plot_curves(rows: Sequence[Line], k: int, history: Mapping[str, Any] | None) -> str:
-    """PSNR of each frame from `k` on, PSNR against NFE, and training's curves, as SVG."""
-    if find_spec("matplotlib") is None:
-        return ""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    by_frame, by_work = figure.subplots(1, 2)
-    for row in rows:
-        if row["kind"] == "mean":
-            values = row["psnr_frames"]
-            by_frame.plot(range(k, k + len(values)), values, "o-", label=row["method"])
-            by_work.plot(row["nfe"], row["scores"]["psnr"]["mean"], "o")
-    by_frame.set(xlabel="generated frame", ylabel="PSNR, dB")
-    by_work.set(xlabel="NFE per sample")
-    figure.legend(fontsize="small", loc="outside right upper")
-    files = [io.BytesIO()]
-    figure.savefig(files[0], format="svg", metadata={"Date": None})
-    if history and history["train"]:
-        files.append(io.BytesIO())
-        save_training_curves(files[1], history, "svg")
-    # The elements, without the heads of SVG files.
-    return "".join("<svg" + x.getvalue().decode().partition("<svg")[2] for x in files)
-
-
-def animations(evaluator: Evaluator, lines: Sequence[Line]) -> str:
-    """The best, median and worst clip by PSNR, as HTML with embedded pictures.
-
-    Side by side: the truth, the first method's first sample, the cross-fade.
-    """
+def save_clips(path: Any, evaluator: Evaluator, lines: Sequence[Line]) -> None:
+    """The best, median and worst clip by PSNR: truth, the first method's sample, cross-fade."""
     method = evaluator.methods[0]
     k = evaluator.clip["endpoint_context"]
-
-    def psnr(line: Line) -> float:
-        return line["methods"][method.name]["samples"][0]["psnr"]
-
-    lines = sorted(lines, key=psnr)
-    parts = []
-    for title, i in (("best", -1), ("median", len(lines) // 2), ("worst", 0)):
-        number, source = lines[i]["clip"], lines[i]["source"]
-        clip = to_float(evaluator.read(number, source))[None].to(evaluator.device)
+    ranked = sorted(lines, key=lambda line: line["methods"][method.name]["samples"][0]["psnr"])
+    rows = []
+    for line in (ranked[-1], ranked[len(ranked) // 2], ranked[0]):
+        clip = to_float(evaluator.read(line["clip"], line["source"]))[None].to(evaluator.device)
         start, truth, end = split_clip(clip, k)
-        generated = method.generate(start, end, [(number, 0)])
-        faded = cross_fade(start, end, truth.shape[2])
-        columns = []
-        for middle in (truth, generated, faded):
-            whole = to_uint8(join_clip(start, middle, end))[0]
-            columns.append(bordered(whole, observed_frames(clip.shape[2], k)))
-        frames = torch.cat(columns, dim=3).permute(1, 2, 3, 0)  # [T,H,3W,3]
-        # An animated PNG is lossless, unlike a GIF.
-        options = {"plugin": "pillow", "extension": ".png", "duration": FRAME_MS, "loop": 0}
-        file = iio.imwrite("<bytes>", frames.numpy(), **options)
-        data = base64.b64encode(file).decode()
-        caption = f"{title}, {psnr(lines[i]):.2f} dB: truth, {method.name}, cross-fade"
-        caption = html.escape(f"{source['name']} - {caption}")
-        parts.append(f'<p><img src="data:image/png;base64,{data}"><br>{caption}</p>')
-    return "\n".join(parts)
+        generated = method.generate(start, end, [(line["clip"], 0)])
+        for middle in (truth, generated, cross_fade(start, end, truth.shape[2])):
+            rows.append(to_uint8(join_clip(start, middle, end))[0])
+    save_png(path, contact_sheet(rows, observed_frames(rows[0].shape[1], k)))

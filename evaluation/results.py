@@ -19,6 +19,8 @@ BEST = {
     "psnr_clip": np.max,
     "ssim": np.max,
     "lpips": np.min,
+    "st_lpips_alex": np.min,
+    "st_lpips_vgg": np.min,
     "temporal_l1": np.min,
     "static_l1": np.min,
 }
@@ -89,7 +91,7 @@ def estimate(values: Sequence[float]) -> dict[str, float | None]:
     values = np.asarray(values, np.float64)
     n = len(values)
     if n < 2:
-        return {"mean": float(values.mean()), "low": None, "high": None}
+        return without_interval(values.mean())
     rng = np.random.default_rng(0)
     means = []
     # In blocks, which bound the memory.
@@ -104,13 +106,9 @@ def estimate(values: Sequence[float]) -> dict[str, float | None]:
 def summarise(lines: Sequence[Line], method: str, first: str) -> list[Line]:
     """The rows of one method.
 
-    A single sample has one. N have the mean of their scores, the scores of
-    their mean image, and the best of 10 and of N for each clip and score. The
-    mean has psnr_frames, too, of each middle frame in time order.
-
-    Args:
-        first: the method of the first row. The mean has the differences from
-            it, paired by clip, each clip's mean over its samples.
+    A single sample has one. N have the mean of their scores, the scores of their mean image, and
+    the best of 10 and of N for each clip and score. The mean has psnr_frames, too, of each middle
+    frame in time order, and the differences from the method `first`, paired by clip.
     """
     entries = [line["methods"][method] for line in lines]
     table = score_table(lines, method)
@@ -136,17 +134,26 @@ def summarise(lines: Sequence[Line], method: str, first: str) -> list[Line]:
         for name, values in score_table(lines, first).items():
             mean["versus_first"][name] = estimate(means[name] - values.mean(axis=1))
     if "features" in entries[0] and len(lines) > 1:
-        mean["scores"]["fvd"] = {"mean": video_distance(lines, method), "low": None, "high": None}
+        mean["scores"]["fvd"] = without_interval(video_distance(lines, method))
     if n == 1:
         return [mean]
 
-    mean["scores"]["diversity"] = estimate([entry["diversity"] for entry in entries])
+    spread = {name: [entry["spread"][name] for entry in entries] for name in entries[0]["spread"]}
+    mean["scores"]["diversity"] = estimate(spread["diversity"])
+    for kind in ("", "_blurred"):
+        ratio = np.sum(spread[f"diversity{kind}"]) / max(np.sum(spread[f"error{kind}"]), 1e-9)
+        mean["scores"][f"calibration{kind}"] = without_interval(ratio)
     images = [entry["mean_image"] for entry in entries]
     rows = [mean, row("mean image", n, {name: [x[name] for x in images] for name in table})]
     for count in sorted({min(10, n), n}):
         best = {k: BEST[k](table[k][:, :count], axis=1) for k in table if k in BEST}
         rows.append(row("best", count, best))
     return rows
+
+
+def without_interval(value: float) -> Line:
+    """A number of all clips together, as an estimate."""
+    return {"mean": float(value), "low": None, "high": None}
 
 
 def score_table(lines: Sequence[Line], method: str) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """The initial predictor: guesses the middle from both ends, for a diffusion model to refine."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,17 +29,25 @@ class FramePredictor(nn.Module):
         image_channels: C, 3 or 1.
         endpoint_context: observed frames K at each end.
         width: channels at full size.
+        any_length: whether a channel tells the length of the gap, for training on several.
 
     Source: warps from both ends and a mask, as in Huang et al. 2022, arXiv:2011.06294 (RIFE).
     """
 
-    def __init__(self, image_channels: int = 3, endpoint_context: int = 2, width: int = 32):
+    def __init__(
+        self,
+        image_channels: int = 3,
+        endpoint_context: int = 2,
+        width: int = 32,
+        any_length: bool = False,
+    ):
         super().__init__()
         self.image_channels = image_channels
         self.endpoint_context = endpoint_context
         self.width = width
+        self.any_length = any_length
         widths = [width * mult for mult in WIDTH_MULTS]
-        inputs = [2 * endpoint_context * image_channels, *widths[:-1]]
+        inputs = [2 * endpoint_context * image_channels + any_length, *widths[:-1]]
         self.down = nn.ModuleList(
             double_conv(channels, below, stride=1 if level == 0 else 2)
             for level, (channels, below) in enumerate(zip(inputs, widths, strict=True))
@@ -65,6 +75,9 @@ class FramePredictor(nn.Module):
         """
         b = len(start_context)
         observed = torch.cat([start_context, end_context], dim=2).flatten(1, 2)  # [B,2*K*C,H,W]
+        if self.any_length:
+            gap = torch.full_like(observed[:, :1], math.log2(num_middle + 1) / 4)
+            observed = torch.cat([observed, gap], dim=1)
         features = self.encode(observed)  # [B,width,H,W]
 
         # Modulate the features by the time of each middle frame, 0 at the start and 1 at the end.

@@ -12,11 +12,11 @@ from diffusion.noise import generator_for
 from evaluation import baselines, metrics
 from evaluation.baselines import BASELINES
 from evaluation.fvd import I3D, feature_distance, frechet_distance
-from evaluation.metrics import Scorer, diversity, sharpness, static_error
+from evaluation.metrics import Scorer, sharpness, spread, static_error
 from utils.video_utils import frame_psnr, join_clip, split_clip, to_float, to_gray, to_uint8
 
 CPU = torch.device("cpu")
-NATIVE = Scorer(CPU, like_mcvd=False, missing=["lpips"])
+NATIVE = Scorer(CPU, like_mcvd=False, missing=["lpips", "st_lpips"])
 
 
 def noise(*shape, seed=0):
@@ -60,7 +60,7 @@ def test_psnr_and_ssim_agree_with_scikit_image(channels, gray):
 def test_protocols_differ_in_the_rounding_of_clip_psnr_and_in_the_colours_of_ssim():
     generated, truth = pair()
     start, end = truth[:, :, :2], truth[:, :, 2:4]
-    both = (NATIVE, Scorer(CPU, like_mcvd=True, missing=["lpips"]))
+    both = (NATIVE, Scorer(CPU, like_mcvd=True, missing=["lpips", "st_lpips"]))
     native, mcvd = (scorer(generated, truth, start, end)[1] for scorer in both)
     for scores, clip, gray in (
         (native, to_float(to_uint8(generated)), False),
@@ -111,12 +111,18 @@ def test_sharpness_is_the_ratio_of_the_energies_of_differences_in_both_direction
     assert sharpness(to_float(10 * both), to_float(10 * columns)).item() == 5
 
 
-def test_diversity_is_the_mean_over_pairs():
-    samples = noise(5, 3, 2, 6, 6)
-    values = to_uint8(samples).double() / 255
-    pairs = [(a - b).abs().mean().item() for a, b in itertools.combinations(values, 2)]
-    assert diversity(samples) == pytest.approx(np.mean(pairs), abs=1e-12)
-    assert diversity(samples[:1]) == 0 == diversity(samples[:1].expand(4, -1, -1, -1, -1))
+def test_spread_is_the_mean_over_pairs_and_over_errors_before_and_after_a_blur():
+    samples, truth = noise(5, 3, 2, 8, 8), noise(1, 3, 2, 8, 8)
+    values = to_uint8(torch.cat([samples, truth])).double() / 255
+    windows = values.unfold(-2, 5, 1).unfold(-2, 5, 1).mean((-2, -1))
+    found = spread(samples, truth)
+    for kind, (*five, true) in (("", values), ("_blurred", windows)):
+        pairs = [(a - b).abs().mean().item() for a, b in itertools.combinations(five, 2)]
+        errors = [(a - true).abs().mean().item() for a in five]
+        assert found[f"diversity{kind}"] == pytest.approx(np.mean(pairs), abs=1e-12)
+        assert found[f"error{kind}"] == pytest.approx(np.mean(errors), abs=1e-12)
+    alike = spread(samples[:1].expand(4, -1, -1, -1, -1), truth)
+    assert alike["diversity"] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("dimensions", [1, 3, 40])
@@ -170,7 +176,7 @@ def test_lpips_agrees_with_the_original_implementation(tmp_path, monkeypatch):
     backbone.parent.mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(models.alexnet(weights=None).state_dict(), backbone)
-    scorer = Scorer(CPU, like_mcvd=False, missing=["ssim"])
+    scorer = Scorer(CPU, like_mcvd=False, missing=["ssim", "st_lpips"])
     generated, truth = pair(size=128)
     ours = scorer(generated, truth, truth, truth)
     original = lpips.LPIPS(net="alex", version="0.1", verbose=False)

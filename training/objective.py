@@ -44,8 +44,9 @@ def describe_network(args: argparse.Namespace) -> dict[str, Any]:
         "image_channels": 1 if args.color_mode == "gray" else 3,
         "endpoint_context": args.endpoint_context,
     }
-    names = MODEL_FLAGS if args.train == "diffusion" else ()
-    return {**config, **{name: getattr(args, name) for name in names}}
+    if args.train == "predictor":
+        return {**config, "any_length": isinstance(args.num_frames, list)}
+    return {**config, **{name: getattr(args, name) for name in MODEL_FLAGS}}
 
 
 def describe_clips(args: argparse.Namespace) -> dict[str, Any]:
