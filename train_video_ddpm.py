@@ -7,7 +7,6 @@ any time; the same command with --resume goes on from there.
 import argparse
 import contextlib
 import math
-import signal
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -32,12 +31,7 @@ from training.objective import (
     describe_objective,
     pick_objective,
 )
-from training.signals import (
-    StopRequest,
-    end_loading_processes,
-    name_dead_workers,
-    worker_init_fn,
-)
+from training.signals import StopRequest, end_loading_processes, name_dead_workers, worker_init_fn
 from training.state import (
     TrainingState,
     get_lr,
@@ -248,8 +242,7 @@ def train(start: Start) -> int:
     """Train from where the run stands to its end or a stop signal.
 
     Returns: the exit status: 0, or 128 + the signal's number.
-    Raises: ValueError or OSError: for what the user can mend. FloatingPointError: if the loss is
-        not finite or diverged.
+    Raises: FloatingPointError: if the loss is not finite or diverged.
     """
     args = start.args
 
@@ -278,22 +271,20 @@ def train(start: Start) -> int:
         log=print0,
     )
     train_clips, val_clips = distributed.main_process_first(prepare)
-    fingerprint = train_clips.fingerprint() + val_clips.fingerprint()
-    distributed.check_consistency("--data_root: the files", fingerprint)
+    distributed.check_consistency("--data_root: the files", train_clips.fingerprint())
     clips_per_step = args.batch_size * args.grad_accum * args.processes
-    epoch_steps = steps_per_epoch(len(train_clips), clips_per_step)
 
     # Make network, optimiser and objective, and go on where the checkpoint stands.
     state = init_state(args, build_network(args, device), device, amp_dtype)
+    state.epoch_steps = steps_per_epoch(len(train_clips), clips_per_step)
     if start.checkpoint is not None:
-        restore(state, start.checkpoint, clips_per_step, epoch_steps, start.source)
-    distributed.check_consistency(f"{out_dir}: the step", state.step)
-    state.plan_steps(args, epoch_steps)
+        restore(state, start.checkpoint, clips_per_step, start.source)
+    state.plan_steps(args)
     if state.finished and state.validated:
         print0(f"nothing to do: the run in {out_dir} has all its {state.step} steps")
         return 0
     objective = pick_objective(args, state.ema, start.predictor, len(val_clips), amp_dtype)
-    describe_run(args, state, (len(train_clips), len(val_clips)), epoch_steps, amp_dtype)
+    describe_run(args, state, (len(train_clips), len(val_clips)), amp_dtype)
     if args.compile:
         compile_network(state.model, args.num_frames)
 
@@ -331,7 +322,7 @@ def train(start: Start) -> int:
         checkpointer = Checkpointer(
             out_dir=out_dir,
             last_is_whole=start.source is not None and start.source.name == "last.pt",
-            contents=partial(to_checkpoint, state, configs, epoch_steps),
+            contents=partial(to_checkpoint, state, configs),
             probe_loss=partial(probe_loss, state, objective.loss, args.seed, amp_dtype),
         )
     logger.log_run(args)
@@ -341,29 +332,27 @@ def train(start: Start) -> int:
     try:
         while not stopped_by and not (state.finished and state.validated):
             # A run that was stopped while it validated an epoch does that first.
-            epoch_ends = state.step > 0 and state.data_step % epoch_steps == 0 or state.finished
-            if not epoch_ends or state.validated:
+            if state.validated or not state.at_epoch_end:
                 train_step(state, objective, batches, args, amp_dtype)
                 logger.count_step(clips_per_step)
-                epoch_ends = state.data_step % epoch_steps == 0 or state.finished
 
                 # Once in a while: log. Between saves, only this waits for the device.
                 if state.step % args.log_every == 0 or state.step == 1:
                     line_loss = state.metrics.take_mean("line")
                     if line_loss is not None:
                         state.history["train"].append([state.step, line_loss])
-                    logger.log_train(state, state.data_step / epoch_steps, line_loss)
+                    logger.log_train(state, line_loss)
 
             # At the end of an epoch: validate (all ranks participate).
             val_loss = None
-            if epoch_ends:
+            if state.at_epoch_end:
                 with autocast(device, amp_dtype):
                     val_loss = validate(objective, state.ema, loader, stop)
             stopped_by = distributed.all_reduce_max(stop.signal)
             if val_loss is not None:
                 entry = {
                     "step": state.step,
-                    "epoch": math.ceil(state.data_step / epoch_steps),
+                    "epoch": math.ceil(state.data_step / state.epoch_steps),
                     "train_loss": state.metrics.take_mean("epoch"),
                     "val_loss": val_loss,
                     **state.metrics.bad_steps(),
@@ -372,7 +361,7 @@ def train(start: Start) -> int:
 
             # Save at the end of an epoch, when due, and before stopping.
             is_due = args.save_every > 0 and state.step % args.save_every == 0
-            if epoch_ends or stopped_by or is_due:
+            if state.at_epoch_end or stopped_by or is_due:
                 state.history["sums"] = state.metrics.read()
                 if val_loss is not None:
                     checkpointer.save_best(state, val_loss)
@@ -388,8 +377,7 @@ def train(start: Start) -> int:
                         entry.update(logger.log_preview(epoch, state.step, preview) or {})
                 logger.log_epoch(entry, state)
     except FloatingPointError as error:
-        words = f"after step {state.step}: {error}; what was saved is in {out_dir}"
-        raise FloatingPointError(words) from error
+        raise FloatingPointError(f"{out_dir}, after step {state.step}: {error}") from error
     except (ValueError, OSError, RuntimeError):
         # Where data, memory or another process failed, the weights are whole.
         checkpointer.save_last(state)
@@ -403,8 +391,7 @@ def train(start: Start) -> int:
     if state.finished and state.validated:
         print0(f"done: {state.step} steps, {out_dir / 'last.pt'}")
         return 0
-    name = signal.Signals(stopped_by).name
-    print0(f"stopped by {name} after step {state.step}; --resume with the same command goes on")
+    print0(f"stopped after step {state.step}; --resume with the same command goes on")
     return 128 + stopped_by
 
 

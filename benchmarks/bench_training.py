@@ -66,7 +66,8 @@ def start_run(
 ) -> tuple[TrainingState, Objective]:
     """Fresh weights by the seed, and what they are to learn."""
     state = init_state(args, build_network(args, device), device, amp_dtype)
-    state.plan_steps(args, epoch_steps=10**6)
+    state.epoch_steps = 10**6
+    state.plan_steps(args)
     return state, pick_objective(args, state.ema, None, 1, amp_dtype)
 
 

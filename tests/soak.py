@@ -186,9 +186,10 @@ def resume(path):
     args, checkpoint, source, predictor = resolve_stage(train_video_ddpm.build_parser(), stage)
     device = torch.device("cpu")
     state = init_state(args, build_network(args, device), device, None)
-    restore(state, checkpoint, clips_per_step=2, epoch_steps=4, source=source)
+    state.epoch_steps = 4
+    restore(state, checkpoint, clips_per_step=2, source=source)
     args.max_steps = state.step + 1
-    state.plan_steps(args, epoch_steps=4)
+    state.plan_steps(args)
     next(iter(ResumableBatchSampler(8, 2, 1, args.seed, state.data_step, state.data_step + 1)))
     objective = pick_objective(args, state.ema, predictor, val_clips=1, amp_dtype=None)
     channels = 1 if args.color_mode == "gray" else 3

@@ -265,7 +265,7 @@ class Steps:
             self.state.optimizer = torch.optim.SGD(self.objective.parameters(), lr=1.0, fused=True)
         if scale is not None:
             self.state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        self.state.plan_steps(self.args, epoch_steps=1)
+        self.state.plan_steps(self.args)
 
     def take(self, *batches):
         """A step over batches of clips, each of one value; returns a weight after it."""
@@ -413,7 +413,7 @@ def test_the_predictor_that_is_refined_around_stays_as_it_is(refined):
     checkpoint = last(refined)
     args = argparse.Namespace(**checkpoint["args"], dry_run=False)
     state = init_state(args, build_network(args, CPU), CPU, None)
-    state.plan_steps(args, epoch_steps=1)
+    state.plan_steps(args)
     objective = pick_objective(args, state.ema, checkpoint["predictor"], 1, None)
     train_step(state, objective, iter([torch.rand(2, 3, 8, 8, 8)]), args, None)
     predictor = objective.pipe.predictor

@@ -88,14 +88,14 @@ class Logger:
         with self.optional(path):
             io.save_json(path, {"args": vars(args), **describe_machine(self.device)})
 
-    def log_train(self, state: TrainingState, epoch: float, loss: float | None) -> None:
+    def log_train(self, state: TrainingState, loss: float | None) -> None:
         """A line for the steps since the last one; a loss of None = no step was finite."""
         lr = state.optimizer.param_groups[0]["lr"]
         grad_norm = state.metrics.read()["grad_norm"]
         # The device is done with these steps, as their loss was read.
         speed = self.clips / (time.perf_counter() - self.since)
         values = {
-            "epoch": epoch,
+            "epoch": state.data_step / state.epoch_steps,
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
@@ -173,7 +173,6 @@ def describe_run(
     args: argparse.Namespace,
     state: TrainingState,
     clips: tuple[int, int],
-    epoch_steps: int,
     amp_dtype: torch.dtype | None,
 ) -> None:
     """Print what is about to happen, and what a flag does not do here.
@@ -183,8 +182,9 @@ def describe_run(
     """
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     device = state.metrics.values.device
-    epochs = state.total_steps / epoch_steps
-    print0(f"{clips[0]} training and {clips[1]} held-out clips, {epoch_steps} steps per epoch")
+    per_epoch = state.epoch_steps
+    print0(f"{clips[0]} training and {clips[1]} held-out clips, {per_epoch} steps per epoch")
+    epochs = state.total_steps / per_epoch
     print0(f"steps {state.step + 1} to {state.total_steps}, {epochs:.3g} epochs")
     where = f"{args.processes} x {device}, {amp_dtype or 'float32'}"
     print0(f"{args.train}: {parameters:,} parameters; {where}")

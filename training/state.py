@@ -41,6 +41,7 @@ class TrainingState:
     step: int = 0
     data_step: int = 0
     total_steps: int = 0
+    epoch_steps: int = 1
     best_val_loss: float = math.inf
     # Start, middle, end and data_step of the first batch, on which weights are tried.
     probe: tuple[Tensor, Tensor, Tensor, int] | None = None
@@ -52,15 +53,20 @@ class TrainingState:
         return self.step >= self.total_steps
 
     @property
+    def at_epoch_end(self) -> bool:
+        """Whether the newest step ends an epoch, or the run."""
+        return self.step > 0 and (self.data_step % self.epoch_steps == 0 or self.finished)
+
+    @property
     def validated(self) -> bool:
         """Whether the newest step has its validation loss."""
         epochs = self.history["epochs"]
         return bool(epochs) and epochs[-1]["step"] == self.step
 
-    def plan_steps(self, args: argparse.Namespace, epoch_steps: int) -> None:
+    def plan_steps(self, args: argparse.Namespace) -> None:
         """Decide how far the run goes from where it stands."""
         before = self.total_steps
-        left = args.epochs * epoch_steps - self.data_step
+        left = args.epochs * self.epoch_steps - self.data_step
         if args.max_steps:
             left = args.max_steps - self.step
         self.total_steps = 2 if args.dry_run else self.step + max(0, left)
@@ -122,11 +128,9 @@ def probe_loss(
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def to_checkpoint(
-    state: TrainingState, configs: Mapping[str, Any], epoch_steps: int
-) -> dict[str, Any]:
+def to_checkpoint(state: TrainingState, configs: Mapping[str, Any]) -> dict[str, Any]:
     """What `restore` and sampling read; `configs`, of `describe_objective`, do not change."""
-    epoch, step_in_epoch = divmod(state.data_step, epoch_steps)
+    epoch, step_in_epoch = divmod(state.data_step, state.epoch_steps)
     return {
         "step": state.step,
         "epoch": epoch,
@@ -143,11 +147,7 @@ def to_checkpoint(
 
 
 def restore(
-    state: TrainingState,
-    checkpoint: dict[str, Any],
-    clips_per_step: int,
-    epoch_steps: int,
-    source: Path,
+    state: TrainingState, checkpoint: dict[str, Any], clips_per_step: int, source: Path
 ) -> None:
     """Go on where a checkpoint stands, at the same clip of the epoch whatever the batch size.
 
@@ -163,7 +163,8 @@ def restore(
         stored_clips = stored["batch_size"] * stored["grad_accum"] * stored["processes"]
         step_in_epoch = checkpoint["step_in_epoch"] * stored_clips // clips_per_step
         state.step = checkpoint["step"]
-        data_step = checkpoint["epoch"] * epoch_steps + min(step_in_epoch, epoch_steps)
+        step_in_epoch = min(step_in_epoch, state.epoch_steps)
+        data_step = checkpoint["epoch"] * state.epoch_steps + step_in_epoch
         state.data_step = operator.index(data_step)
         state.total_steps = operator.index(checkpoint["lr_scheduler"]["total_steps"])
         state.best_val_loss = float(checkpoint["best_val_loss"])
