@@ -38,8 +38,8 @@ GENERATED_COLOUR = (60, 60, 60)
 def read_image(path: str | Path) -> Tensor:
     """Read a still image as RGB, uint8 [3,H,W].
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit
-    gray keeps its upper 8 bits, an animation gives its first frame.
+    EXIF orientation is applied, transparency is laid over white, 16-bit gray keeps its upper 8
+    bits, an animation gives its first frame.
 
     Raises: ValueError: if the file is missing, too large or no image.
     """
@@ -53,21 +53,17 @@ def read_image(path: str | Path) -> Tensor:
     except IMAGE_ERRORS as error:
         # imageio blames a missing plugin, with the truth as its cause.
         cause = error.__cause__ or error
-        reason = str(cause).partition("\n")[0]
-        if type(cause) is not ValueError:
-            reason = f"{type(cause).__name__}: {reason}"
+        reason = str(cause).partition("\n")[0] or type(cause).__name__
         raise ValueError(f"{path}: not a readable image ({reason})") from error
 
-    if pixels.dtype == np.uint16:
+    if pixels.ndim == 2:
         gray = torch.from_numpy((pixels >> 8).astype(np.uint8))
         return gray.expand(3, -1, -1).contiguous()
-    rgb = torch.empty(3, *pixels.shape[:2], dtype=torch.uint8)
-    # Row by row, because 16-bit copies of a large image fill the memory.
-    for i, row in enumerate(pixels):
-        colour, alpha = np.split(row.astype(np.uint16), [3], axis=1)
-        over_white = (colour * alpha + 255 * (255 - alpha) + 127) // 255
-        rgb[:, i] = torch.from_numpy(over_white.astype(np.uint8).T)
-    return rgb
+    rgb, alpha = np.split(pixels, [3], axis=2)
+    if alpha.min() < 255:
+        alpha = alpha.astype(np.uint16)
+        rgb = ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return torch.from_numpy(rgb.transpose(2, 0, 1).copy())
 
 
 def _decode_image(path: Path) -> np.ndarray:
@@ -88,8 +84,10 @@ def _decode_image(path: Path) -> np.ndarray:
         if width * height > MAX_IMAGE_PIXELS:
             rule = f"an image may have {MAX_IMAGE_PIXELS} pixels at most"
             raise ValueError(f"{rule}, got {width}x{height}")
-        mode = None if found.dtype == np.uint16 else "RGBA"
-        return image.read(index=0, mode=mode, rotate=True)
+        is_deep = found.dtype.kind == "u" and found.dtype.itemsize == 2
+        if not is_deep and found.dtype not in (np.uint8, np.bool_):
+            raise ValueError(f"pixels must have 8 or 16 bits without sign, got {found.dtype}")
+        return image.read(index=0, mode=None if is_deep else "RGBA", rotate=True)
 
 
 def _frames_last(clip: Tensor) -> np.ndarray:
@@ -116,12 +114,7 @@ def save_gif(path: str | Path, clip: Tensor, fps: float) -> None:
 def save_mp4(
     path: str | Path, clip: Tensor, fps: int, preset: str = "veryfast", lossless: bool = False
 ) -> None:
-    """Write a clip uint8 [C,T,H,W] as H.264.
-
-    Args:
-        preset: of x264; slower ones lose less at the same size.
-        lossless: keep every bit; not every player shows such a file.
-    """
+    """Write a clip uint8 [C,T,H,W] as H.264; not every player shows a lossless file."""
     frames = _frames_last(clip)
     index_first = {"movflags": "faststart"}
     with av.open(str(path), "w", format="mp4", options=index_first) as container:
@@ -196,7 +189,8 @@ def temporary_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-        _fsync_dir(path.parent)
+        if os.name != "nt":  # Windows opens no folders
+            _fsync_dir(path.parent)
     finally:
         _remove(temporary)
 
@@ -208,12 +202,20 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _fsync_dir(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def atomic_write(path: str | Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file that replaces `path` once it is whole and on disk.
 
-    At any instant, even if power is lost, `path` is the old or the new
-    whole file. The old one is kept at `previous`.
+    At any instant, even if power is lost, `path` is the old or the new whole file. The old one is
+    kept at `previous`.
     """
     path = Path(path)
     with temporary_path(path) as temporary:
@@ -222,26 +224,11 @@ def atomic_write(path: str | Path, previous: Path | None = None) -> Iterator[Bin
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.is_file():
-            _second_name(path, previous)
-
-
-def _second_name(path: Path, other: Path) -> None:
-    with temporary_path(other) as temporary:
-        try:
-            os.link(path, temporary)
-        except OSError:  # this file system has no links
-            shutil.copyfile(path, temporary)
-
-
-def _fsync_dir(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            with temporary_path(previous) as second:
+                try:
+                    os.link(path, second)
+                except OSError:  # this file system has no links
+                    shutil.copyfile(path, second)
 
 
 def remove_stale_temporaries(folder: Path, untouched: float = 0.0) -> None:
@@ -253,20 +240,12 @@ def remove_stale_temporaries(folder: Path, untouched: float = 0.0) -> None:
         return
     for path in folder.glob(".*.tmp"):
         process = path.name.split(".")[-2]
-        if not process.isdecimal() or _is_running(int(process)):
-            continue
-        with suppress(FileNotFoundError):  # another process was faster
-            if time.time() - path.stat().st_mtime >= untouched:
-                _remove(path)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        # Any other error means that it is somebody else's process.
-        return not isinstance(error, ProcessLookupError)
-    return True
+        with suppress(PermissionError, FileNotFoundError):
+            try:
+                os.kill(int(process), 0)
+            except (ProcessLookupError, ValueError):
+                if process.isdecimal() and time.time() - path.stat().st_mtime >= untouched:
+                    _remove(path)
 
 
 def make_out_dir(path: str | Path, flag: str = "--out_dir") -> Path:
