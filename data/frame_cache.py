@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.kinetics_video_dataset import DecodedFrames
-from data.video_index import Video, map_in_threads, printable, reason_of, stable_hash, stamp
+from data.video_index import Video, in_threads, printable, reason_of, stable_hash, stamp
 from data.video_reader import DECODE_ERRORS
 from utils.io import save_json, temporary_path
 from utils.video_utils import FrameSize, as_pair
@@ -82,7 +82,13 @@ class CachedFrames:
             rule = f"--cache_videos needs {needed / 2**30:.1f} GiB in --cache_dir"
             raise ValueError(f"{rule} {self.path.parent} (got {free / 2**30:.1f} GiB free)")
         with temporary_path(self.path) as temporary:
-            memory = np.memmap(temporary, np.uint8, "w+", shape=self.shape)
+            with temporary.open("wb") as file:
+                # A full disk is an error here, and the end of the process in a mapped file.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, math.prod(self.shape))
+                else:
+                    file.truncate(math.prod(self.shape))
+            memory = np.memmap(temporary, np.uint8, "r+", shape=self.shape)
 
             def fill(video: Video, start: int) -> int:
                 count = video.info.frames
@@ -94,7 +100,9 @@ class CachedFrames:
                 memory[start : start + count] = clip.transpose(0, 1).numpy()
                 return count
 
-            counts = map_in_threads(fill, videos, starts, workers=workers, title="caching")
+            counts = list(in_threads(fill, videos, starts, workers=workers, title="caching"))
             memory.flush()
-            save_json(self.path.with_suffix(".json"), counts)
+            # After a failure, which may pass, the next run tries again.
+            if all(counts):
+                save_json(self.path.with_suffix(".json"), counts)
         return counts

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import av
+import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from torch import Tensor
 
-from data.video_reader import VideoFile, VideoInfo, to_rgb
+from data.video_reader import MATRICES, VideoFile, VideoInfo, to_rgb
 from utils.io import add_h264_stream
 
-CUT_LEVELS = 40  # mean difference, of 255; within a scene it is rarely above 20
-GAP_LEVELS = 60  # between the ends of a gap, where a scene has moved on
+# Mean difference of frames across a cut, in units of their contrast and in levels of 255. Within a
+# scene of usual contrast, about 50 levels, it is rarely above 20 levels.
+CUT = (0.8, 40)
+GAP = (1.2, 60)  # between the ends of a gap, where a scene has moved on
+NOISE_LEVELS = 4  # a smaller difference is none
 # FFmpeg's fast conversion to RGB loses a level of brightness. After this one,
 # the conversion back returns the same luma.
 LUMA_KEPT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -81,7 +85,11 @@ def fill_video(
         if shape:
             stream.sample_aspect_ratio = 1 / shape if first.rotation % 180 else shape
         colours = {} if lossless else _copy_colours(video.stream, stream)
+        output.metadata.update(video.container.metadata)
         copiers = {sound.index: _copier(sound, output) for sound in video.container.streams.audio}
+        left_out = len(video.container.streams) - 1 - len(copiers)
+        if left_out:
+            print(f"note: {left_out} tracks that are neither the video nor sound are left out")
 
         def frames() -> Iterator[Frame]:
             usual = round(1 / rate / base)
@@ -145,8 +153,8 @@ def _fill_gap(
     before: Sequence[Frame], missing: Sequence[Frame], after: Sequence[Frame], generate: Generate
 ) -> Iterator[Frame]:
     # What is missing may be black or torn, so it is not looked at.
-    steps = [_difference(*pair) for pair in chain(pairwise(before), pairwise(after))]
-    if _difference(before[-1], after[0]) >= GAP_LEVELS or max(steps, default=0) >= CUT_LEVELS:
+    steps = chain(pairwise(before), pairwise(after))
+    if _is_cut(before[-1], after[0], *GAP) or any(_is_cut(*pair, *CUT) for pair in steps):
         gap = f"the gap of {len(missing)} frames"
         print(f"note: a scene ends in or beside {gap}: they stay as they were")
         yield from missing
@@ -156,20 +164,25 @@ def _fill_gap(
         yield frame._replace(pixels=pixels)
 
 
-def _difference(a: Frame, b: Frame) -> float:
-    return (a.pixels.float() - b.pixels.float()).abs().mean().item()
+def _is_cut(a: Frame, b: Frame, share: float, levels: float) -> bool:
+    pixels = torch.stack([a.pixels, b.pixels]).float()
+    contrast = (pixels - pixels.mean((1, 2, 3), keepdim=True)).abs().mean()
+    difference = (pixels[0] - pixels[1]).abs().mean()
+    if contrast < 1:  # frames of one colour, as in a fade
+        return bool(difference >= levels)
+    return bool(difference >= max(NOISE_LEVELS, min(levels, share * contrast)))
 
 
 def _copy_colours(source: av.VideoStream, target: av.VideoStream) -> dict[str, Any]:
-    """Copy the tags that decide about brightness; returns how to convert RGB to them."""
+    """Copy the tags of colours; returns how to convert RGB to them."""
     tags = source.codec_context
-    for name in ("colorspace", "color_trc", "color_range"):
+    for name in ("colorspace", "color_trc", "color_primaries", "color_range"):
         setattr(target.codec_context, name, getattr(tags, name))
-    # All but BT.709 was read as BT.601.
-    hd = tags.colorspace == Colorspace.ITU709
+    # All others are read as BT.601.
+    matrices = {1: Colorspace.ITU709, **MATRICES}
     full = tags.color_range == ColorRange.JPEG
     return {
-        "dst_colorspace": Colorspace.ITU709 if hd else Colorspace.ITU601,
+        "dst_colorspace": matrices.get(tags.colorspace, Colorspace.ITU601),
         "dst_color_range": ColorRange.JPEG if full else ColorRange.MPEG,
     }
 
@@ -178,6 +191,7 @@ def _copier(sound: av.AudioStream, output: Any) -> Callable[[av.Packet], None]:
     """A function that writes packets of a sound track, or drops what MP4 cannot hold."""
     try:
         track = output.add_stream_from_template(sound)
+        track.metadata.update(sound.metadata)
     except (av.FFmpegError, ValueError) as error:
         print(f"note: sound track {sound.index} is left out: {error}")
         return lambda packet: None

@@ -1,23 +1,32 @@
-"""Find MP4 files, index what is in them, and split them into training and validation."""
+"""Find video files, index what is in them, and split them into training and validation."""
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from data.synthetic_videos import make_synthetic_videos
-from data.video_reader import DECODE_ERRORS, VideoInfo, probe_video
+from data.video_reader import DECODE_ERRORS, FORMATS, VideoInfo, probe_video
 from utils.io import atomic_write
 
 DEFAULT_CACHE_DIR = "outputs/cache"
-SPLIT_FOLDERS = (("videos_train", "videos_val"), ("train", "val"), ("train", "test"))
-INDEX_VERSION = 2  # change it whenever VideoInfo or its meaning changes
+# Names of folders, in lower case, whose files are a split.
+SPLITS = {
+    "train": ("train", "training", "videos_train"),
+    "val": ("val", "valid", "validation", "videos_val"),
+    "test": ("test", "testing", "videos_test"),
+}
+INDEX_VERSION = 3  # change it whenever VideoInfo or its meaning changes
+SAVE_EVERY = 1000  # files that are new to the index
 MAX_NAMED = 20  # bad files that a report names
 
 Log = Callable[[str], None]
@@ -33,23 +42,48 @@ class Video(NamedTuple):
 
 
 def find_videos(root: str | Path) -> list[Path]:
-    """Every .mp4 (any case) below a folder and its links: each file once, sorted."""
-    if not Path(root).is_dir():
+    """Every video below a folder and its links: each file once, sorted; hidden ones are left out.
+
+    A file's plain name stays, so that adding a link renames nothing; held-out names come first.
+    """
+    root = Path(root)
+    if not root.is_dir():
         raise ValueError(f"--data_root must be a folder (got {root})")
     found = []
     visited = set()
-    for folder, subfolders, names in os.walk(root, onerror=_warn, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link led back here
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders.sort()
-        found += [Path(folder, name) for name in names if name.lower().endswith(".mp4")]
-    # Of several names of one file, the last in this order stays. Plain names
-    # come after links, so that a new link renames nothing.
-    found.sort(key=lambda path: (path.is_symlink(), path), reverse=True)
-    return sorted({os.path.realpath(path): path for path in found}.values())
+    waiting = [root]
+    while waiting:
+        # Linked folders wait until all plain ones are done.
+        for folder, subfolders, names in os.walk(waiting.pop(0), onerror=_warn):
+            real = os.path.realpath(folder)
+            shown = sorted(name for name in subfolders if not name.startswith("."))
+            subfolders[:] = [] if real in visited else shown
+            if real in visited:  # a link led back here
+                continue
+            visited.add(real)
+            paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+            found += [path for path in paths if path.suffix.lower() in FORMATS]
+            waiting += [
+                Path(folder, name) for name in subfolders if Path(folder, name).is_symlink()
+            ]
+
+    def rank(path: Path) -> tuple[bool, bool]:
+        is_held_out = split_of(path.relative_to(root)) in ("val", "test")
+        return not is_held_out, path.is_symlink()
+
+    unique = {}
+    for path in sorted(found, key=rank):
+        unique.setdefault(os.path.realpath(path), path)
+    return sorted(unique.values())
+
+
+def split_of(name: Path) -> str | None:
+    """The split that one of the two upper folders of a path below the root names, if any."""
+    for folder in name.parts[:-1][:2]:
+        for split, names in SPLITS.items():
+            if folder.lower() in names:
+                return split
+    return None
 
 
 def _warn(error: OSError) -> None:
@@ -59,7 +93,8 @@ def _warn(error: OSError) -> None:
 class VideoIndex:
     """What a full decode found in each file below `root`, kept in `cache_dir`.
 
-    An entry stays valid while the size and modification time of its file do.
+    An entry stays valid while the size and modification time of its file do. A file that could
+    not be read has none, as it may be readable the next time.
     """
 
     def __init__(self, root: str | Path, cache_dir: str | Path | None, workers: int = 1):
@@ -97,21 +132,32 @@ class VideoIndex:
         """The entries of these files; new and changed ones are decoded first."""
         stamps = {path: stamp(path) for path in paths}
         unknown = [p for p in paths if self.entries.get(self.name(p), [None])[0] != stamps[p]]
-        if unknown:
-            probes = map_in_threads(_probe, unknown, workers=self.workers, title="indexing")
-            for path, (info, reason) in zip(unknown, probes, strict=True):
-                self.entries[self.name(path)] = [stamps[path], info, reason]
-            self.save()
+        failures = {}
+        probes = in_threads(_probe, unknown, workers=self.workers, title="indexing")
+        try:
+            for number, (path, (info, reason)) in enumerate(zip(unknown, probes, strict=True)):
+                self.entries.pop(self.name(path), None)
+                if info is None:
+                    failures[path] = reason
+                else:
+                    packed = (pack(info.timestamps), pack(info.keyframes))
+                    info = info._replace(timestamps=packed[0], keyframes=packed[1])
+                    self.entries[self.name(path)] = [stamps[path], info]
+                if number % SAVE_EVERY == SAVE_EVERY - 1:
+                    self.save()
+        finally:
+            if unknown:
+                self.save()
 
         videos = []
-        shared = {}
         for path in paths:
-            _, info, reason = self.entries[self.name(path)]
-            if info is not None:
-                info = VideoInfo(*info)
-                # Every worker holds all timestamps, so equal ones are shared.
-                times = tuple(info.timestamps)
-                info = info._replace(timestamps=shared.setdefault(times, times))
+            info = None
+            reason = failures.get(path)
+            if reason is None:
+                info = VideoInfo(*self.entries[self.name(path)][1])
+                # Equal lists are one in memory, as every loading process holds all.
+                times = unpack(info.timestamps)
+                info = info._replace(timestamps=times, keyframes=unpack(info.keyframes))
                 reason = info.damage
             videos.append(Video(str(path), self.name(path), info, reason))
         return videos
@@ -142,7 +188,7 @@ class VideoIndex:
             if reason:
                 bad.append(f"{printable(video.name)} ({reason})")
         kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        text = f"{len(self.seen)} MP4 files: {kinds}"
+        text = f"{len(self.seen)} video files: {kinds}"
         if bad:
             more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
             text += f"; short, unreadable or damaged: {', '.join(bad[:MAX_NAMED])}{more}"
@@ -151,13 +197,26 @@ class VideoIndex:
         log(text)
 
 
-def map_in_threads(function: Callable, *items: Sequence, workers: int, title: str) -> list:
-    """list(map(function, *items)) in threads, since decoding releases the GIL."""
+def in_threads(function: Callable, *items: Sequence, workers: int, title: str) -> Iterator:
+    """map(function, *items) in threads, since decoding releases the GIL."""
     pool = ThreadPoolExecutor(max(1, workers))
     try:
-        return list(tqdm(pool.map(function, *items), title, len(items[0]), disable=None))
+        yield from tqdm(pool.map(function, *items), title, len(items[0]), disable=None)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the files in hand only
+
+
+def pack(numbers: Sequence[int]) -> str:
+    """Rising numbers as their differences and how often each follows: "0x1 512x29"."""
+    steps = [after - before for before, after in pairwise([0, *numbers])]
+    return " ".join(f"{step}x{len(list(group))}" for step, group in groupby(steps))
+
+
+@cache
+def unpack(text: str) -> tuple[int, ...]:
+    """The numbers of `pack`."""
+    runs = [part.split("x") for part in text.split()]
+    return tuple(accumulate(int(step) for step, count in runs for _ in range(int(count))))
 
 
 def stamp(path: Path) -> list[int]:
@@ -172,11 +231,11 @@ def stamp(path: Path) -> list[int]:
 def _probe(path: Path) -> tuple[VideoInfo | None, str]:
     try:
         return probe_video(path), ""
-    except DECODE_ERRORS as error:
+    except (*DECODE_ERRORS, MemoryError) as error:
         return None, reason_of(error)
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """An exception as half a line, without the path."""
     words = getattr(error, "strerror", None) or str(error)
     return words if type(error) is ValueError else f"{type(error).__name__}: {words}"
@@ -194,7 +253,8 @@ def stable_hash(key: bytes) -> int:
 
 
 def split_key(seed: int, name: str) -> float:
-    """A file's fixed place in [0, 1); below --val_ratio it is held out."""
+    """A file's place in [0, 1), however accents are encoded; below --val_ratio it is held out."""
+    name = unicodedata.normalize("NFC", name)
     return stable_hash(f"{seed}/".encode() + os.fsencode(name)) / 2**64
 
 
@@ -221,9 +281,9 @@ def prepare_videos(
 ) -> tuple[list[Video], list[Video]]:
     """Training and validation files of `span` frames or more, sorted by name.
 
-    Folders named as in SPLIT_FOLDERS are the splits. Otherwise the hash of
-    (seed, name) holds out about `val_ratio` of the files, so that files added
-    later move none across.
+    Folders named as in SPLITS are the splits; "test" is held out where there is no "val".
+    Otherwise the hash of (seed, name) holds out about `val_ratio` of the files, so that files
+    added later move none across.
 
     Args:
         max_videos: bound on the files of both splits; None = all.
@@ -232,20 +292,26 @@ def prepare_videos(
     """
     root = Path(data_root)
     index = VideoIndex(root, cache_dir, workers)
-    folders = [pair for pair in SPLIT_FOLDERS if all((root / side).is_dir() for side in pair)]
     assigned = index.assigned.setdefault(f"seed {seed}, span {span}", {})
-    if folders:
-        train, val = (find_videos(root / side) for side in folders[0])
-        held_out = {os.path.realpath(path) for path in val}
-        train = [path for path in train if os.path.realpath(path) not in held_out]
-        rule = f"{' and '.join(folders[0])} must each hold a usable MP4 file"
+    paths = find_videos(root)
+    by_folder = {split: [] for split in (*SPLITS, None)}
+    for path in paths:
+        by_folder[split_of(path.relative_to(root))].append(path)
+    train = by_folder["train"]
+    val = by_folder["val"] or by_folder["test"]
+    has_folders = bool(train and val)
+    if has_folders:
+        rule = "its folders of training and held-out clips must each hold a usable file"
+        others = len(paths) - len(train) - len(val)
+        if others:
+            log(f"note: {others} files outside the folders of both splits are left out")
     else:
         train, val = [], []
-        for path in find_videos(root):
+        for path in paths:
             name = index.name(path)
             by_hash = "val" if split_key(seed, name) < val_ratio else "train"
             (val if assigned.get(name, by_hash) == "val" else train).append(path)
-        rule = "it must hold at least two usable MP4 files, one for validation"
+        rule = "it must hold at least two usable video files, one for validation"
 
     splits = []
     limits = share_limit(max_videos, len(train), len(val))
@@ -256,7 +322,7 @@ def prepare_videos(
         usable = index.take(paths, limit, span)
         splits.append(sorted(usable, key=lambda video: video.name))
     train, val = splits
-    if not folders and not (train and val) and len(train) + len(val) > 1:
+    if not has_folders and not (train and val) and len(train) + len(val) > 1:
         assigned.update(_fill_empty_split(train, val, seed))
         index.save()
     index.report(span, log, broken_rule=None if train and val else rule)
@@ -287,7 +353,7 @@ def usable_videos(
     """The first `limit` files by name that have `span` frames; ValueError if none has."""
     index = VideoIndex(data_root, cache_dir)
     usable = index.take(find_videos(data_root), limit, span)
-    index.report(span, log, broken_rule=None if usable else "it must hold a usable MP4 file")
+    index.report(span, log, broken_rule=None if usable else "it must hold a usable video file")
     return usable
 
 

@@ -1,4 +1,4 @@
-"""Frame-exact decoding of MP4 files with PyAV.
+"""Frame-exact decoding of video files with PyAV.
 
 Frames are numbered by what a full decode yields, never by timestamps times rate:
 variable rates, edit lists and damaged packets then need no special case. Where
@@ -6,6 +6,7 @@ that decode gave rising timestamps, they find a frame again. Decoders run on one
 thread, because loading is parallel over files.
 """
 
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +16,21 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.sidedata.sidedata import Type
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from torch import Tensor
+
+# Of each file name's end, the one FFmpeg format that is tried: others may be playlists, which
+# name further files.
+FORMATS = {
+    ".mp4": "mp4",
+    ".m4v": "mp4",
+    ".mov": "mov",
+    ".mkv": "matroska",
+    ".webm": "matroska",
+    ".avi": "avi",
+    ".ts": "mpegts",
+}
 
 # Checked before decoding, because a decoder may keep 16 frames for reference:
 # 3840x2160 in 8 bits, with colours at half the resolution.
@@ -26,6 +40,12 @@ MAX_FRAME_BYTES = 3840 * 2160 * 3 // 2
 MAX_DECODED_PIXELS = 2**36
 MAX_FRAMES = 400_000
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError)
+# FFmpeg's numbers of the colour matrices that PyAV must be told; others are read right.
+MATRICES = {
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+    10: Colorspace.BT2020,
+}
 
 
 class VideoInfo(NamedTuple):
@@ -42,14 +62,15 @@ class VideoInfo(NamedTuple):
 
 
 class VideoFile:
-    """An open local MP4 whose frames have a bounded size, decoded on one thread."""
+    """An open local video whose frames have a bounded size, decoded on one thread."""
 
     def __init__(self, path: str | Path):
         path = Path(path).absolute()
         if not path.is_file():  # a FIFO or a device would block for ever
-            raise ValueError("not a regular file")
+            raise ValueError("not a regular file" if path.exists() else "no such file")
+        known = FORMATS.get(path.suffix.lower(), "mp4")
         self.lost: list[str] = []  # errors of packets that could not be decoded
-        self.container = av.open(str(path), format="mp4", options={"protocol_whitelist": "file"})
+        self.container = av.open(str(path), format=known, options={"protocol_whitelist": "file"})
         try:
             self.stream = self._first_video_stream()
         except BaseException:
@@ -57,9 +78,10 @@ class VideoFile:
             raise
 
     def _first_video_stream(self) -> av.VideoStream:
-        if not self.container.streams.video:
+        # As players choose: not a cover picture, if there is anything else.
+        stream = self.container.streams.best("video")
+        if stream is None:
             raise ValueError("no video stream")
-        stream = self.container.streams.video[0]
         context = stream.codec_context
         if context is None:
             raise ValueError("unknown video codec")
@@ -110,8 +132,15 @@ def probe_video(path: str | Path) -> VideoInfo:
     keyframes = []
     pixels = 0
     damage = ""
+    form = None
+    reformatter = VideoReformatter()
     with VideoFile(path) as video:
         for frame in video.decode():
+            # What the index calls usable can be converted, whatever changes in mid-stream.
+            before = form
+            form = (frame.width, frame.height, frame.format.name, frame.colorspace)
+            if form != before:
+                to_rgb(frame, reformatter)
             pixels += frame.width * frame.height
             if pixels > MAX_DECODED_PIXELS or len(timestamps) == MAX_FRAMES:
                 damage = f"longer than is looked at: its first {len(timestamps)} frames are used"
@@ -171,10 +200,29 @@ def read_frames(path: str | Path, wanted: Sequence[int], info: VideoInfo) -> Ite
 def to_rgb(
     frame: av.VideoFrame, reformatter: VideoReformatter, scaling: Interpolation | None = None
 ) -> Tensor:
-    """A decoded frame as upright RGB, uint8 [3,H,W]; `scaling` None = FFmpeg's own."""
-    rgb = reformatter.reformat(frame, format="rgb24", interpolation=scaling, threads=1)
-    pixels = rgb.to_ndarray()  # [H,W,3]
-    if frame.rotation:
-        pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+    """A decoded frame as it is shown, uint8 [3,H,W]; `scaling` None = FFmpeg's own."""
+    rgb = reformatter.reformat(
+        frame,
+        format="rgb24",
+        src_colorspace=MATRICES.get(frame.colorspace),
+        interpolation=scaling,
+        threads=1,
+    )
+    pixels = as_shown(rgb.to_ndarray(), frame)  # [H,W,3]
     # Colours stay interleaved in memory: torch resizes that four times faster.
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def as_shown(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Turn and flip pixels [H,W,3] by the display matrix of their frame, if it has one."""
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return pixels
+    # A pixel (x, y) is shown at (a x + c y, b x + d y), but for a shift.
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    if abs(b) > abs(a):
+        pixels = pixels.transpose(1, 0, 2)
+        a = c
+        d = b
+    pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(pixels)

@@ -101,6 +101,16 @@ def test_a_gap_at_a_scene_cut_stays_as_it_was(levels, is_filled, capsys):
     assert ("a scene ends" in capsys.readouterr().out) != is_filled
 
 
+@pytest.mark.parametrize(("cut", "is_filled"), [(3, True), (12, False)])
+def test_a_cut_in_a_dark_scene_is_seen_by_its_contrast(cut, is_filled):
+    # Levels 0 to 20 in stripes, and a step of so many levels across the gap.
+    stripes = 20 * (torch.arange(16) % 2).expand(3, 16, 16)
+    levels = [0, 0, 0, 0, cut, cut]
+    frames = [Frame((stripes + level).to(torch.uint8), i, 1) for i, level in enumerate(levels)]
+    out = list(fill_gaps(iter(frames), [range(2, 4)], 2, Generator()))
+    assert (out[2] is not frames[2]) == is_filled
+
+
 def with_sound(path, codec="mp2"):
     """A video of 40 frames with a tone beside it."""
     with av.open(str(path), "w", format="mov") as file:

@@ -41,7 +41,7 @@ def test_frame_counts_sizes_and_rotations_match_a_full_decode(indexed):
         found = (info.frames, info.width, info.height, info.rotation, info.damage)
         shape = (int(row[key] or 0) for key in ("width", "height", "rotation"))
         assert found == (frames, *shape, row["error"])
-    assert f"36 MP4 files: {len(videos)} usable" in text
+    assert f"36 video files: {len(videos)} usable" in text
     assert "corrupted.mp4 (1 packets failed: InvalidDataError)" in text
 
 

@@ -1,5 +1,8 @@
 """Decoding against files whose every picture says its number."""
 
+import struct
+
+import av
 import hostile
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import torch
 from conftest import number_of, numbered_frames, write_mp4
 
 from data import video_reader
+from data.gap_filler import upright_size
 from data.video_reader import DECODE_ERRORS, VideoFile, probe_video, read_frames
 from utils.video_utils import to_gray
 
@@ -70,15 +74,42 @@ def test_colours_survive_decoding(make_mp4):
     assert (frame.int() - truth.int()).abs().max() <= 4
 
 
-def test_rotation_metadata_turns_the_frame_upright(tmp_path):
-    path, turned = tmp_path / "a.mp4", tmp_path / "turned.mp4"
+@pytest.mark.parametrize("turn", [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)])
+@pytest.mark.parametrize("is_mirrored", [False, True])
+def test_a_display_matrix_turns_and_mirrors_frames_as_players_do(tmp_path, turn, is_mirrored):
+    a, b, c, d = turn if not is_mirrored else (-turn[0], -turn[1], *turn[2:])
+    path, shown = tmp_path / "a.mp4", tmp_path / "shown.mp4"
     hostile.mp4(path, size=(32, 64))
-    turned.write_bytes(hostile.put(b"tkhd", 44, hostile.QUARTER_TURN)(path.read_bytes()))
-    info = probe_video(turned)
-    assert (info.frames, info.width, info.height, abs(info.rotation)) == (24, 64, 32, 90)
-    upright = next(read_frames(path, [2], probe_video(path)))
-    # Clockwise, as players show it.
-    assert torch.equal(next(read_frames(turned, [2], info)), torch.rot90(upright, -1, (1, 2)))
+    entries = [a * 2**16, b * 2**16, 0, c * 2**16, d * 2**16, 0, 0, 0, 2**30]
+    matrix = hostile.put(b"tkhd", 44, struct.pack(">9i", *entries))
+    shown.write_bytes(matrix(path.read_bytes()))
+    plain = next(read_frames(path, [2], probe_video(path)))
+    info = probe_video(shown)
+    # A pixel (x, y) goes to (a x + c y, b x + d y), shifted into the picture.
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(64), indexing="ij")
+    to_x, to_y = a * x + c * y, b * x + d * y
+    expected = torch.zeros(3, *((64, 32) if b else (32, 64)), dtype=torch.uint8)
+    expected[:, to_y - to_y.min(), to_x - to_x.min()] = plain
+    assert torch.equal(next(read_frames(shown, [2], info)), expected)
+    assert upright_size(info) == expected.shape[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("a.mkv", "matroska"), ("a.avi", "avi"), ("a.ts", "mpegts"), ("a.MOV", "mov")],
+)
+def test_other_containers_are_read_frame_by_frame(make_mp4, tmp_path, name, form):
+    source = make_mp4("source.mp4", count=12)
+    path = tmp_path / name
+    with av.open(str(source)) as given, av.open(str(path), "w", format=form) as made:
+        stream = made.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                made.mux(packet)
+    info = probe_video(path)
+    assert info.frames == 12
+    assert [number_of(frame) for frame in read_frames(path, [3, 7, 11], info)] == [3, 7, 11]
 
 
 @pytest.mark.parametrize("shape", [(51, 77), (8, 8), (256, 16)])

@@ -54,11 +54,26 @@ def test_every_mp4_is_found_once_through_links_and_loops(tmp_path):
     (root / "again.mp4").symlink_to(root / "b.mp4")
     found = [path.relative_to(root).as_posix() for path in find_videos(root)]
     assert found == ["b.mp4", "deep/er/A.MP4", "link/far.Mp4"]
+    # A link renames nothing, and hidden and other files are left out.
+    (root / "a_link").symlink_to(root / "deep")
+    for name in ("c.mkv", "._c.mkv", ".trash/d.mp4", "e.txt", "f.webm"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    found = [path.relative_to(root).as_posix() for path in find_videos(root)]
+    assert found == ["b.mp4", "c.mkv", "deep/er/A.MP4", "f.webm", "link/far.Mp4"]
     with pytest.raises(ValueError, match="--data_root"):
         find_videos(root / "b.mp4")
 
 
-@pytest.mark.parametrize("folders", video_index.SPLIT_FOLDERS)
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("videos_train", "videos_val"),
+        ("train", "test"),
+        ("Training", "Valid"),
+        ("a/train", "a/Testing"),
+    ],
+)
 def test_named_folders_are_the_splits_and_a_file_in_both_is_held_out(make_mp4, prepare, folders):
     path = make_copies(make_mp4, 3, folders[0] + "/{}.mp4") / "2.mp4"
     held_out = make_mp4(f"{folders[1]}/sub/9.mp4").parent
@@ -77,6 +92,7 @@ def test_files_go_by_the_hash_of_seed_and_name(make_mp4, prepare):
         assert all(split_key(seed, name) >= 0.2 for name in names(train))
         assert len(train) + len(val) == 30
     assert split_key(0, "a.mp4") == 0x25BBA27E285BB649 / 2**64  # of b2sum -l 64
+    assert split_key(0, "caf\u00e9.mp4") == split_key(0, "cafe\u0301.mp4")
     places = [[split_key(seed, f"{i}.mp4") for i in range(4000)] for seed in (0, 1)]
     # Binomial, of a standard deviation sqrt(0.1 * 0.9 / 4000) = 0.0047; four of them.
     assert (np.array(places[0]) < 0.1).mean() == pytest.approx(0.1, abs=0.019)
@@ -166,7 +182,7 @@ def test_bad_files_are_counted_and_named_with_their_reason(make_mp4, prepare):
         (folder / name).touch()
     make_mp4("short.mp4", count=7)
     assert sorted(names(sum(prepare(), []))) == [f"good{i}.mp4" for i in range(4)]
-    assert "7 MP4 files: 4 usable, 1 too short, 2 unreadable" in prepare.text
+    assert "7 video files: 4 usable, 1 too short, 2 unreadable" in prepare.text
     for bad in ("short.mp4 (7 of 8", "empty.mp4 (InvalidDataError: ", r"\xff.mp4 (InvalidData"):
         assert bad in prepare.text
     prepare.text.encode()  # a name that is no text can be printed all the same
@@ -179,7 +195,7 @@ def test_bad_files_are_counted_and_named_with_their_reason(make_mp4, prepare):
 
 def test_a_folder_without_usable_files_is_one_clear_error(make_mp4, prepare, tmp_path):
     (tmp_path / "videos").mkdir()
-    with pytest.raises(ValueError, match="--data_root .*0 MP4 files"):
+    with pytest.raises(ValueError, match="--data_root .*0 video files"):
         prepare()
     make_copies(make_mp4, 22, frames=7)
     with pytest.raises(ValueError, match=r"0 usable, 22 too short.* and 2 more"):
@@ -348,7 +364,7 @@ def test_what_cannot_be_cached_is_replaced_or_refused(videos, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"--cache_videos needs 0\.3 GiB .*0\.0 GiB free"):
         CachedFrames(videos, 8, "rgb", tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("*frames_*"))) == 2
+    assert len(list((tmp_path / "cache").glob("*frames_*"))) == 1
 
 
 def test_built_in_clips_are_rendered_once_and_whole(tmp_path, monkeypatch):
