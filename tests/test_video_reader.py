@@ -94,19 +94,18 @@ def test_a_display_matrix_turns_and_mirrors_frames_as_players_do(tmp_path, turn,
     assert upright_size(info) == expected.shape[1:]
 
 
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [("a.mkv", "matroska"), ("a.avi", "avi"), ("a.ts", "mpegts"), ("a.MOV", "mov")],
-)
-def test_other_containers_are_read_frame_by_frame(make_mp4, tmp_path, name, form):
-    source = make_mp4("source.mp4", count=12)
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.avi", "a.ts", "a.MOV"])
+def test_other_containers_are_read_frame_by_frame(tmp_path, name):
     path = tmp_path / name
-    with av.open(str(source)) as given, av.open(str(path), "w", format=form) as made:
-        stream = made.add_stream_from_template(given.streams.video[0])
-        for packet in given.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                made.mux(packet)
+    codec = {"a.webm": "libvpx", "a.avi": "mpeg4"}.get(name, "libx264")
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=10)
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 10**6
+        for pixels in numbered_frames(12):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode(None))
     info = probe_video(path)
     assert info.frames == 12
     assert [number_of(frame) for frame in read_frames(path, [3, 7, 11], info)] == [3, 7, 11]
