@@ -4,6 +4,7 @@ All that the checkpoint knows (network, frame size, colours, noise schedule) is 
 """
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -45,8 +46,9 @@ from utils.video_utils import (
 BATCH_SIZE = 8  # clips per forward
 WORKING_PIXELS = 256 * 256  # frames of larger videos are generated at about this many, enlarged
 OOM_REMEDY = "--num_clips, --size or --T"
-# sample.json is last to be written, video.mp4 belongs to --video.
-WRITTEN = ("sample.json", "sample.mp4", "frames", "video.mp4")
+# Of a sample, sample.json last; video.mp4 belongs to --video.
+WRITTEN = ("frames", "sample.mp4", "sample.gif", "start_context.png", "end_context.png")
+WRITTEN += ("sheet.png", "sample.json", "video.mp4")
 
 
 def build_parser() -> Parser:
@@ -54,7 +56,12 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
 
     add = parser.add_argument_group("checkpoint and output").add_argument
-    add("--ckpt", required=True, help="checkpoint of train_video_ddpm.py: last.pt or best.pt")
+    add(
+        "--ckpt",
+        type=nonempty_path,
+        required=True,
+        help="checkpoint of train_video_ddpm.py: last.pt or best.pt",
+    )
     add("--use_raw_model", action="store_true", help="use the weights, not their EMA")
     add("--device", type=flags.device_name, default="auto", help="auto = cuda, else mps, else cpu")
     add("--out_dir", type=nonempty_path, default="outputs/sample", help="folder of what is written")
@@ -172,13 +179,24 @@ def load_contexts(args: argparse.Namespace, pipe: MiddleFramePipeline) -> Contex
     return Contexts(start, end, middle, [video.name for video in chosen])
 
 
-def refuse_to_overwrite(out_dir: Path, overwrite: bool) -> None:
-    """Raises: ValueError: if something that would be written is there."""
+def find_earlier(out_dir: Path) -> list[Path]:
+    """What earlier runs have written to a folder."""
     folders = [out_dir, *out_dir.glob("clip_*_sample_*")]
-    there = [folder / name for folder in folders for name in WRITTEN if (folder / name).exists()]
-    if there and not overwrite:
-        remedy = "pass --overwrite or choose another folder"
-        raise ValueError(f"--out_dir {out_dir} already holds {there[0]}; {remedy}")
+    return [folder / name for folder in folders for name in WRITTEN if (folder / name).exists()]
+
+
+def remove_earlier(out_dir: Path, but: str = "") -> None:
+    """Delete what `find_earlier` finds, but for one name, so that no two samples mix."""
+    for path in find_earlier(out_dir):
+        if path.name == "frames":
+            for frame in path.glob("[0-9][0-9][0-9]*.png"):
+                frame.unlink()
+        elif path.name != but:
+            path.unlink()
+    for folder in out_dir.glob("clip_*_sample_*"):
+        for empty in (folder / "frames", folder):
+            with contextlib.suppress(OSError):  # it holds something of the user's
+                empty.rmdir()
 
 
 def save_sample(
@@ -193,8 +211,6 @@ def save_sample(
     middle = middle[None]
     whole = join_clip(start, middle, end)[0]  # [C,T,H,W]
     frames = io.make_out_dir(folder / "frames")
-    for old in frames.glob("[0-9][0-9][0-9]*.png"):  # of an earlier, longer sample
-        old.unlink()
     for i, frame in enumerate(whole.unbind(1)):
         io.save_png(frames / f"{i:03d}.png", frame)
     io.save_mp4(folder / "sample.mp4", whole, fps)
@@ -246,7 +262,7 @@ def probe_gaps(args: argparse.Namespace, k: int) -> tuple[VideoInfo, list[range]
     for gap in gaps:
         if gap.start < before + k or gap.stop + k > info.frames:
             rule = f"--gap must leave {k} frames before it, after it and between two"
-            got = f"got {gap.start}:{gap.stop} of a video of {info.frames} frames"
+            got = f"got {gap.start}:{gap.stop}, {args.video} has {info.frames} frames"
             raise ValueError(f"{rule} ({got})")
         before = gap.stop
     return info, gaps
@@ -327,7 +343,10 @@ def sample(args: argparse.Namespace) -> None:
         remedy = "it needs --guidance_scale 1"
         print(f"note: {args.ckpt} has no unconditional branch: {remedy}", file=sys.stderr)
     out_dir = io.make_out_dir(args.out_dir)
-    refuse_to_overwrite(out_dir, args.overwrite)
+    earlier = find_earlier(out_dir)
+    if earlier and not args.overwrite:
+        remedy = "pass --overwrite or choose another folder"
+        raise ValueError(f"--out_dir {out_dir} already holds {earlier[0]}; {remedy}")
     facts = {
         **vars(args),
         **settings,
@@ -336,6 +355,7 @@ def sample(args: argparse.Namespace) -> None:
     }
     if args.video:
         facts.update(write_video(args, pipe, settings, out_dir / "video.mp4"))
+        remove_earlier(out_dir, but="video.mp4")
         io.save_json(out_dir / "sample.json", facts)
         return
 
@@ -362,7 +382,9 @@ def sample(args: argparse.Namespace) -> None:
             facts["sample"] = number
             facts["seconds"] = (time.perf_counter() - clock) / len(clips)
 
-            # Write it, clip by clip.
+            # Write it, clip by clip, in place of what was there.
+            if not scores:
+                remove_earlier(out_dir)
             for clip, middle in zip(clips, to_uint8(middles).cpu(), strict=True):
                 folder = out_dir
                 if count > 1 or args.num_samples > 1:

@@ -39,6 +39,7 @@ class CachedFrames:
         cache_dir: str | Path,
         workers: int = 1,
     ):
+        self.size = size
         *starts, total = accumulate((video.info.frames for video in videos), initial=0)
         self.shape = (total, 1 if color_mode == "gray" else 3, *as_pair(size))
         identity = [[os.path.realpath(v.path), *stamp(Path(v.path)), v.info.frames] for v in videos]

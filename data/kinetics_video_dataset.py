@@ -6,6 +6,7 @@ of workers, the batch size, a resume or a crash change no clip.
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from data.video_reader import DECODE_ERRORS, read_frames
 from utils.video_utils import FrameSize, resize_and_crop, to_float, to_gray
 
 MAX_ATTEMPTS = 8  # files tried for one clip
+# Seconds of the first pause after a file system failed; each is twice the one before, two minutes
+# in all.
+FIRST_PAUSE = 1.0
 MAX_FAILED = 0.1  # share of all reads
 
 
@@ -94,6 +98,8 @@ class VideoClipDataset(Dataset):
                 return ClipRead(clip, failures)
             except DECODE_ERRORS as error:
                 failures.append(f"{printable(video.name)} ({reason_of(error)})")
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    time.sleep(FIRST_PAUSE * 2**attempt)
         return ClipRead(None, failures)
 
     def _window_start(self, video: Video, number: int) -> int:

@@ -1,6 +1,8 @@
 """The clips of a training run: both splits of a folder, loaded in batches, cut to any length."""
 
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from data.kinetics_video_dataset import (
 from data.synthetic_videos import make_synthetic_videos
 from data.video_index import clip_span, prepare_videos
 from utils.io import remove_stale_temporaries
-from utils.video_utils import FrameSize
+from utils.video_utils import FrameSize, as_pair
 
 
 def open_clips(
@@ -90,18 +92,19 @@ class ClipLoader:
         self.held_out = held_out
         self.device = device
         self.errors = ReadErrors(log=log)
+        frames = batch_size * train_clips.num_frames
+        check_shared_memory(workers, frames, train_clips.source.size)
         load = partial(
             DataLoader,
-            num_workers=workers,
-            persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             collate_fn=collate,
             worker_init_fn=worker_init_fn,
         )
-        self.train_loader = load(train_clips, batch_sampler=order)
+        self.train_loader = load(train_clips, batch_sampler=order, num_workers=workers)
         keys = [(0, clip) for clip in held_out]
         batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-        self.val_loader = load(val_clips, batch_sampler=batches)
+        # One process more is enough, and lives only while it is needed.
+        self.val_loader = load(val_clips, batch_sampler=batches, num_workers=min(1, workers))
 
     def train(self) -> Iterator[Tensor]:
         """The training batches of this process, in order."""
@@ -117,6 +120,19 @@ class ClipLoader:
         count = min(count, total)
         reads = [self.val_clips[0, number * total // count] for number in shown]
         return next(self.errors.load([collate(reads)], self.device)) if reads else None
+
+
+def check_shared_memory(workers: int, frames: int, size: FrameSize) -> None:
+    """Raises: ValueError: if the batches that wait do not fit; loading would wait for ever."""
+    folder = Path("/dev/shm")
+    if workers and folder.is_dir():
+        # Each process has two batches ready.
+        needed = 2 * workers * frames * 3 * math.prod(as_pair(size))
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            got = f"got {free / 2**20:.0f} MiB free in {folder}"
+            rule = f"--num_workers {workers} needs {needed / 2**20:.0f} MiB of shared memory"
+            raise ValueError(f"{rule} ({got}); --num_workers 0 needs none")
 
 
 def crop_to_length(clips: Tensor, lengths: tuple[int, int], generator: torch.Generator) -> Tensor:

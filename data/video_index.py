@@ -369,7 +369,10 @@ def held_out_videos(
     Without a `data_root` it is that of the run, or the built-in clips.
     """
     cache_dir = trained_args["cache_dir"] or DEFAULT_CACHE_DIR
-    root = data_root or trained_args["data_root"] or make_synthetic_videos(cache_dir)
+    stored = trained_args["data_root"]
+    if not data_root and stored and not Path(stored).is_dir():
+        raise ValueError(f"--data_root must be given: the checkpoint's own, {stored}, is not here")
+    root = data_root or stored or make_synthetic_videos(cache_dir)
     train, val = prepare_videos(
         root,
         span=clip_span(clip_config["num_frames"], clip_config["frame_stride"]),

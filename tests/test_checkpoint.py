@@ -75,6 +75,11 @@ def path(tmp_path):
     return tmp_path / "some.pt"
 
 
+def test_a_folder_is_called_one(tmp_path):
+    with pytest.raises(ValueError, match="a folder"):
+        load_checkpoint(tmp_path)
+
+
 def test_a_checkpoint_comes_back_as_it_was_and_the_one_before_is_kept(path):
     before = path.with_name("prev.pt")
     save_checkpoint(path, with_value(make_state(), "step", 2))

@@ -299,6 +299,9 @@ def test_an_earlier_sample_stays_without_overwrite(sample, capsys):
     several = sample(f"{ENDS} --num_samples 2", out="several")
     sample(ENDS, status=2, out="several")
     assert len(list(several.iterdir())) == 2
+    # Nothing of them is left beside another one.
+    sample(f"{ENDS} --overwrite", out="several")
+    assert not list(several.glob("clip_*"))
 
 
 # By what stands before them: wrong flags and files, the first word of which the line names.

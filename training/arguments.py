@@ -108,6 +108,8 @@ def resolve_stage(parser: Parser, stage: Stage) -> Start:
             parser.check_stored(values)
         for name, value in stage.given.items():
             flag = "T" if name == "num_frames" else name
+            if name == "data_root":
+                value = str(Path(value).absolute())
             stored = checkpoint["args"].get(name, value)
             if name in FIXED_FLAGS and value != stored:
                 got = f"got {value}, the checkpoint has {stored}"
@@ -116,6 +118,9 @@ def resolve_stage(parser: Parser, stage: Stage) -> Start:
                 print0(f"--{flag} {value} overrides the checkpoint's {stored}")
     values.update(stage.given)
     values["out_dir"] = str(stage.out_dir)
+    if values["data_root"]:
+        # A checkpoint finds its clips from any folder.
+        values["data_root"] = str(Path(values["data_root"]).absolute())
     args = argparse.Namespace(**values)
     check_args(args)
     predictor = checkpoint["predictor"] if checkpoint else load_predictor(args)

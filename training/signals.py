@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from types import FrameType
 
@@ -38,9 +37,9 @@ class StopRequest:
         self.restore()
         # A handler may interrupt a print, so it writes past Python's buffers.
         name = signal.Signals(number).name
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             text = f"\n{name}: saving and stopping; a second signal stops at once\n"
-            os.write(sys.stderr.fileno(), text.encode())
+            os.write(2, text.encode())
 
     def restore(self) -> None:
         """Put the former handlers back."""

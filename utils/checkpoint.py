@@ -67,7 +67,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint")
+        what = "a folder, not a checkpoint" if path.is_dir() else "no such checkpoint"
+        raise ValueError(f"{path}: {what}")
     with checkpoint_errors(path):
         with zipfile.ZipFile(path) as archive:
             # torch packs nothing, and does not compare the checksums.

@@ -1,12 +1,14 @@
 """Argument types with their ranges, flags that several scripts share, and their parser."""
 
 import argparse
+import difflib
 import math
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -66,10 +68,10 @@ def one_or_two(metavar: str) -> dict[str, Any]:
 
 
 def nonempty_path(text: str) -> str:
-    """A path that is not empty, as that of an unset shell variable would be."""
+    """A path that is not empty, as that of an unset shell variable would be; "~" is expanded."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
-    return text
+    return str(Path.home() / text[2:]) if text.startswith("~/") else text
 
 
 def device_name(text: str) -> str:
@@ -96,6 +98,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit status 2."""
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions)
+            message += f" (did you mean {near[0]}?)" if near else ""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     @contextmanager
