@@ -56,7 +56,7 @@ def build_parser() -> flags.Parser:
     add("--overwrite", action="store_true", help="begin anew, whatever --out_dir holds")
 
     add = parser.add_argument_group("clips").add_argument
-    add("--data_root", type=path, help="folder of MP4 files; None = as in training")
+    add("--data_root", type=path, help="folder of videos; None = as in training")
     add("--split", choices=("val", "train", "all"), help="as in training; None = val if there is")
     add("--num_videos", type=count, default=256, help="files to score, first by name")
     add("--window", type=window_place, help="frames of a file: central, random or first frame")

@@ -74,7 +74,7 @@ def build_parser() -> Parser:
     add("--middle_images", nargs="+", metavar="PNG", help="the true frames between, for a score")
     add("--data_root", type=nonempty_path, help="take held-out clips of it; None = of training's")
     add("--num_clips", type=positive_int, default=1, help="held-out clips, evenly chosen")
-    add("--video", type=nonempty_path, metavar="MP4", help="write it again, with its gaps filled")
+    add("--video", type=nonempty_path, metavar="VIDEO", help="write it again, with its gaps filled")
     add("--gap", type=frame_range, action="append", help="frames to generate: 12:20 = 12 to 19")
     add("--lossless", action="store_true", help="keep every bit of the video's other frames")
 

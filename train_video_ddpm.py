@@ -1,4 +1,4 @@
-"""Train the middle-frame diffusion model on a folder of MP4 clips, or on built-in clips.
+"""Train the middle-frame diffusion model on a folder of video clips, or on built-in clips.
 
 The first and last K frames of a clip are given, those between are learned. Stop with Ctrl-C at
 any time; the same command with --resume goes on from there.
@@ -117,7 +117,7 @@ def build_parser() -> Parser:
     add("--predictor", type=flags.nonempty_path, help="checkpoint of a predictor to refine around")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_root", type=flags.nonempty_path, help="folder of MP4 files; None = built-in clips")
+    add("--data_root", type=flags.nonempty_path, help="folder of videos; None = built-in clips")
     add("--val_ratio", type=flags.fraction, default=0.01, help="share held out; or by folders")
     add("--max_videos", type=integer_up_to(2**31 - 1, low=2), help="use this many; None = all")
     add("--num_workers", type=non_negative_int, default=4, help="loading processes; 0 = none")
