@@ -13,6 +13,7 @@ from PIL import Image
 
 from data.video_reader import probe_video, read_frames
 from utils import io
+from utils.flags import Parser, nonempty_path
 
 RNG = np.random.default_rng(0)
 
@@ -190,3 +191,31 @@ def test_an_output_folder_is_made_or_its_flag_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--out_dir"):
         io.make_out_dir(tmp_path / "file")
+
+
+def test_a_flag_that_is_nearly_right_is_named_and_home_is_expanded(capsys, monkeypatch):
+    parser = Parser("")
+    parser.add_argument("--batch_size")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--bach_size", "3"])
+    assert "did you mean --batch_size?" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", "/home/me")
+    assert nonempty_path("~/clips") == "/home/me/clips"
+    assert nonempty_path("a~/clips") == "a~/clips"
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_pixels_of_another_depth_are_refused_by_name(tmp_path, dtype):
+    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=f"a.tif.*{dtype}"):
+        io.read_image(tmp_path / "a.tif")
+
+
+def test_deep_gray_keeps_its_upper_bits_in_either_byte_order(tmp_path):
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    for order in "<>":
+        image = Image.fromarray(levels)
+        if order == ">":
+            image = Image.frombytes("I;16B", (8, 8), levels.astype(">u2").tobytes())
+        image.save(tmp_path / "a.tif")
+        assert np.array_equal(io.read_image(tmp_path / "a.tif")[0].numpy(), levels >> 8)

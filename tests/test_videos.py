@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,16 @@ from data import kinetics_video_dataset as kvd
 from data import synthetic_videos, video_index
 from data.frame_cache import CachedFrames
 from data.kinetics_video_dataset import DecodedFrames, ResumableBatchSampler
-from data.video_index import VideoIndex, find_videos, prepare_videos, split_key, stable_hash
+from data.training_clips import check_shared_memory
+from data.video_index import (
+    VideoIndex,
+    find_videos,
+    pack,
+    prepare_videos,
+    split_key,
+    stable_hash,
+    unpack,
+)
 
 
 @pytest.fixture
@@ -174,6 +184,58 @@ def test_a_damaged_index_is_written_anew(make_mp4, tmp_path):
         again = VideoIndex(tmp_path / "videos", tmp_path / "cache")
         assert again.lookup([path])[0].info.frames == 12
         assert index.path.read_bytes() == whole
+
+
+def test_the_index_keeps_what_it_found_when_it_is_stopped_and_no_passing_fault(
+    make_mp4, tmp_path, monkeypatch
+):
+    for name in "abc":
+        make_mp4(f"{name}.mp4")
+    probe = video_index.probe_video
+
+    def fail(path):
+        if path.name == "b.mp4":
+            raise OSError(5, "Input/output error")
+        if path.name == "c.mp4":
+            raise KeyboardInterrupt
+        return probe(path)
+
+    monkeypatch.setattr(video_index, "probe_video", fail)
+    with pytest.raises(KeyboardInterrupt):
+        video_index.usable_videos(tmp_path / "videos", 8, 9, tmp_path / "cache")
+    read = []
+    monkeypatch.setattr(video_index, "probe_video", lambda path: read.append(path) or probe(path))
+    found = video_index.usable_videos(tmp_path / "videos", 8, 9, tmp_path / "cache")
+    assert [path.name for path in read] == ["b.mp4", "c.mp4"]
+    assert names(found) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+def test_rising_numbers_are_packed_and_found_again():
+    for numbers in ([], [0], [5, 6, 7, 20], list(range(0, 9000, 300))):
+        assert unpack(pack(numbers)) == tuple(numbers)
+    assert pack(range(0, 9000, 300)) == "0x1 300x29"
+
+
+def test_reads_that_a_file_system_fails_are_tried_again_with_growing_pauses(videos, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(kvd.time, "sleep", pauses.append)
+
+    def fail(*given):
+        raise OSError(5, "Input/output error")
+
+    clips = dataset(videos, SimpleNamespace(read=fail))
+    assert clips[0, 0].clip is None
+    assert pauses == [2.0**attempt for attempt in range(len(pauses))]
+    assert sum(pauses) > 60
+
+
+def test_too_little_shared_memory_is_one_clear_error(monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    # Two batches of 40 frames of 12 KiB for each process.
+    check_shared_memory(1, 40, 64)
+    with pytest.raises(ValueError, match="--num_workers 2 needs 2 MiB .*1 MiB free"):
+        check_shared_memory(2, 40, 64)
 
 
 def test_bad_files_are_counted_and_named_with_their_reason(make_mp4, prepare):
