@@ -41,7 +41,7 @@ def open_clips(
     """The training clips, at random windows, and the held-out clips, at their central ones.
 
     Args:
-        data_root: folder of MP4 files; None = the built-in clips, which are rendered once.
+        data_root: folder of videos; None = the built-in clips, which are rendered once.
         cache_videos: decode every video once, to disk.
         split: val_ratio, max_videos and log of `prepare_videos`.
 

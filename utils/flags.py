@@ -173,12 +173,21 @@ def add_sampler_flags(
     """How middle frames are sampled; with `several`, for any number of --steps and scales."""
     add = group.add_argument
     nargs = "+" if several else None
-    scale = "weight of the contexts: 1 = conditional, above 1 = guided, two forwards per step"
-    interval = "guide between these shares of the schedule only; 0 = clean, 1 = noise"
     add("--steps", type=non_negative_int, nargs=nargs, help="DDIM steps; 0 = the prediction")
     add("--spacing", choices=spacings, help="of the timesteps; quadratic = denser towards clean")
-    add("--guidance_scale", type=non_negative_float, nargs=nargs, help=scale)
-    add("--guidance_interval", type=probability, nargs=2, metavar=("LO", "HI"), help=interval)
+    add(
+        "--guidance_scale",
+        type=non_negative_float,
+        nargs=nargs,
+        help="weight of the contexts: 1 = conditional, above 1 = guided, two forwards per step",
+    )
+    add(
+        "--guidance_interval",
+        type=probability,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="guide between these shares of the schedule only; 0 = clean, 1 = noise",
+    )
     add("--eta", type=probability, help="0 = deterministic DDIM .. 1 = DDPM's posterior noise")
     add("--seed", type=seed_int, default=0, help="of the noise, by clip and sample")
 
