@@ -305,8 +305,11 @@ def write_video(
             dynamic_threshold=args.dynamic_threshold,
             **settings,
         )
-        frames = to_uint8(middle)[0].cpu().expand(3, -1, -1, -1)
-        return [resize(frame, (height, width)) for frame in frames.unbind(1)]
+        frames = to_uint8(middle)[0].cpu().expand(3, -1, -1, -1).unbind(1)
+        # A gray video stays gray, whatever colours the model knows.
+        if all(torch.equal(frame[:1].expand(3, -1, -1), frame) for frame in (*before, *after)):
+            frames = [to_gray(frame).expand(3, -1, -1) for frame in frames]
+        return [resize(frame, (height, width)) for frame in frames]
 
     try:
         with io.atomic_write(path) as file:

@@ -272,6 +272,14 @@ def test_gaps_of_a_video_are_filled_and_all_else_stays(sample, ckpt, tmp_path):
     assert record(out)["generated_at"] == [24, 32]
 
 
+def test_a_gray_video_stays_gray(sample, tmp_path):
+    levels = torch.arange(12).mul(8).view(1, 12, 1, 1).expand(3, 12, 16, 16)
+    save_mp4(tmp_path / "gray.mp4", levels.to(torch.uint8), fps=10, lossless=True)
+    out = sample("--video gray.mp4 --gap 4:8 --lossless")
+    frames = decoded(out / "video.mp4")
+    assert torch.equal(frames[:, :1].expand(-1, 3, -1, -1), frames)
+
+
 def test_a_gap_may_be_generated_at_another_size_and_in_gray(sample, others, tmp_path):
     source = with_sound(tmp_path / "in.mp4")
     out = sample("--video in.mp4 --gap 5:7 --size 16 --lossless", checkpoint=others["gray"])
