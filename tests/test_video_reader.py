@@ -7,6 +7,7 @@ import hostile
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import Colorspace
 from conftest import number_of, numbered_frames, write_mp4
 
 from data import video_reader
@@ -72,6 +73,34 @@ def test_colours_survive_decoding(make_mp4):
     truth = torch.from_numpy(numbered_frames(2)[1]).permute(2, 0, 1)
     # 8-bit YUV rounds by two or three levels.
     assert (frame.int() - truth.int()).abs().max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("tag", "matrix"),
+    [
+        (1, Colorspace.ITU709),
+        (5, Colorspace.ITU601),
+        (7, Colorspace.SMPTE240M),
+        (9, Colorspace.BT2020),
+    ],
+)
+def test_colours_are_read_by_the_matrix_that_the_file_names(tmp_path, tag, matrix):
+    blocks = np.random.default_rng(0).integers(30, 226, (3, 3, 3))
+    pixels = np.kron(blocks, np.ones((16, 16, 1))).astype(np.uint8)
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    frame = frame.reformat(format="yuv444p", dst_colorspace=matrix)
+    frame.colorspace = tag
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=10, options={"qp": "0"})
+        stream.height = stream.width = 48
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.colorspace = tag
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    found = next(read_frames(path, [0], probe_video(path))).permute(1, 2, 0).numpy()
+    # 8-bit YUV rounds by one or two levels; another matrix is off by ten and more.
+    assert np.abs(found.astype(int) - pixels).max() <= 2
 
 
 @pytest.mark.parametrize("turn", [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)])
