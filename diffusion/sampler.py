@@ -1,6 +1,7 @@
 """The sampling loop: from noise to middle frames by DDIM, with classifier-free guidance."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -212,8 +213,11 @@ def sample_middle(
         # The offset is a constant of the clip, drawn once.
         return sample_noise(shape, generators, device, noise._replace(offset=0.0))
 
-    # Denoise step by step.
+    # Draw all noise ahead, so that no step waits for a transfer.
     x_t = sample_noise(shape, generators, device, noise)  # [B,C,M,H,W]
+    more_eps = iter([draw_more_eps() for _ in visited[1:]] if eta > 0 else [])
+
+    # Denoise step by step.
     for i, t_now in enumerate(visited):
         t = torch.full((b,), t_now, device=device)
         v = denoise(x_t, t, guided[i])
@@ -231,6 +235,6 @@ def sample_middle(
             alpha_bar=levels[i],
             alpha_bar_prev=levels[i + 1],
             eta=eta,
-            draw_eps=draw_more_eps,
+            draw_eps=partial(next, more_eps),
         )
     return x_t
