@@ -7,7 +7,9 @@ import json
 import math
 import multiprocessing
 import signal
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -581,6 +583,23 @@ def test_the_checkpoint_of_an_epoch_is_written_before_its_preview(train, monkeyp
     monkeypatch.setattr(train_video_ddpm, "make_preview", look)
     train("a", "--epochs 2 --vis_every 1")
     assert saved == [1, 2]
+
+
+def train_without_a_screen(command, is_closed):
+    sys.stdout = None if is_closed else Path("/dev/full").open("w")  # noqa: SIM115
+    sys.exit(train_video_ddpm.main(command))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_screen_that_is_closed_or_full_costs_no_run(square_videos, tmp_path, is_closed):
+    flags = f"{SMALL} --max_steps 3 --out_dir {tmp_path / 'a'} --cache_dir {tmp_path / 'cache'}"
+    command = ["--data_root", str(square_videos), *words(flags)]
+    process = FORK.Process(target=train_without_a_screen, args=(command, is_closed))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert last(tmp_path / "a")["step"] == 3
 
 
 def test_a_stop_during_validation_is_heeded_and_validation_comes_first_on_resume(

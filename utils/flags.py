@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import re
 import signal
 import sys
@@ -111,9 +112,11 @@ class Parser(argparse.ArgumentParser):
         2 = ValueError and OSError, which the user can mend; 1 = RunError and FloatingPointError;
         128 + n = stopped by signal n, for which the line is `stopped`.
         """
-        for stream in (sys.stdout, sys.stderr):
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # it was closed
+                setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
             # A console that lacks a character shows its code.
-            stream.reconfigure(errors="backslashreplace")
+            getattr(sys, name).reconfigure(errors="backslashreplace")
         former = {}
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)
