@@ -185,7 +185,8 @@ def describe_run(
     per_epoch = state.epoch_steps
     print0(f"{clips[0]} training and {clips[1]} held-out clips, {per_epoch} steps per epoch")
     epochs = state.total_steps / per_epoch
-    print0(f"steps {state.step + 1} to {state.total_steps}, {epochs:.3g} epochs")
+    if not state.finished:
+        print0(f"steps {state.step + 1} to {state.total_steps}, {epochs:.3g} epochs")
     where = f"{args.processes} x {device}, {amp_dtype or 'float32'}"
     print0(f"{args.train}: {parameters:,} parameters; {where}")
     if args.train == "diffusion" and not args.cfg_drop_prob and args.vis_guidance_scale != 1:

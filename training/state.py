@@ -137,7 +137,7 @@ def to_checkpoint(state: TrainingState, configs: Mapping[str, Any]) -> dict[str,
         "step_in_epoch": step_in_epoch,
         "model": state.model.state_dict(),
         "ema": state.ema.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        "optimizer": state.optimizer.state_dict()["state"],
         "scaler": state.scaler.state_dict(),
         "lr_scheduler": {"total_steps": state.total_steps},
         "history": state.history,
@@ -177,7 +177,7 @@ def restore(
 def restore_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
     """Take the moments of a checkpoint; settings such as the learning rate stay this command's."""
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})
+    optimizer.load_state_dict({"state": stored, "param_groups": groups})
     for parameter, moments in optimizer.state.items():
         if set(moments) not in MOMENTS:
             raise ValueError(f"an optimizer's state holds {sorted(moments)}")
