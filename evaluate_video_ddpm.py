@@ -57,7 +57,11 @@ def build_parser() -> flags.Parser:
 
     add = parser.add_argument_group("clips").add_argument
     add("--data_root", type=path, help="folder of videos; None = as in training")
-    add("--split", choices=("val", "train", "all"), help="as in training; None = val if there is")
+    add(
+        "--split",
+        choices=("val", "train", "all"),
+        help="part of the folder, divided as in training; None = val, or all without --ckpt",
+    )
     add("--num_videos", type=count, default=256, help="files to score, first by name")
     add("--window", type=window_place, help="frames of a file: central, random or first frame")
     add("--T", dest="num_frames", type=count, help="frames per clip")

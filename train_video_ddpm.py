@@ -43,8 +43,8 @@ from training.state import (
 )
 from training.validation import make_preview, validate
 from utils import flags
-from utils.device import autocast, choose_amp_dtype, explain_oom, resolve_device
-from utils.flags import Parser, integer_up_to, non_negative_int, positive_int
+from utils.device import autocast, choose_amp_dtype, explain_oom, resolve_device, tune_kernels
+from utils.flags import Parser, RunError, integer_up_to, non_negative_int, positive_int
 from utils.video_utils import as_pair, split_clip
 
 PREVIEW_CLIPS = 8
@@ -69,7 +69,7 @@ PRESETS = {
             "vis_guidance_scale": 1.0,
         },
     },
-    # The same with a small network on 32x32 clips: five minutes of one CPU thread.
+    # The same with a small network on 32x32 clips: some minutes of one CPU thread.
     "demo": {
         "both": {
             "out_dir": "outputs/demo",
@@ -250,9 +250,7 @@ def train(start: Start) -> int:
     device = distributed.init_distributed(resolve_device(args.device))
     args.processes = distributed.world_size()
     amp_dtype = choose_amp_dtype(device) if args.amp else None
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32
+    tune_kernels(device)
     out_dir = Path(args.out_dir)
 
     # Find the clips.
@@ -378,10 +376,11 @@ def train(start: Start) -> int:
                 logger.log_epoch(entry, state)
     except FloatingPointError as error:
         raise FloatingPointError(f"{out_dir}, after step {state.step}: {error}") from error
-    except (ValueError, OSError, RuntimeError):
-        # Where data, memory or another process failed, the weights are whole.
-        checkpointer.save_last(state)
-        print0(f"after step {state.step}: --resume goes on from {out_dir}", file=sys.stderr)
+    except (ValueError, OSError, RunError):
+        # The data failed, between two steps: what was learned since the last save is kept.
+        if state.data_step > order.first_step:
+            checkpointer.save_last(state)
+            print0(f"after step {state.step}: --resume goes on from {out_dir}", file=sys.stderr)
         raise
     finally:
         logger.close()

@@ -28,7 +28,7 @@ from diffusion.noise import TRAIN, generator_for
 from models.video_unet3d import VideoUNet3D
 from training.objective import Objective, build_network, describe_network, pick_objective
 from training.state import TrainingState, init_state
-from utils.device import autocast, choose_amp_dtype, resolve_device
+from utils.device import autocast, choose_amp_dtype, resolve_device, tune_kernels
 from utils.flags import Parser
 from utils.video_utils import split_clip, to_float
 
@@ -142,9 +142,7 @@ def matrix_rate(device: torch.device) -> float:
 def benchmark(args: argparse.Namespace) -> None:
     """Print and save a table for each batch size."""
     device = resolve_device(args.device)
-    if device.type == "cuda":  # as the script does
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+    tune_kernels(device)
     flops = forward_flops(training_args(args.configuration))
     best = matrix_rate(device)
     print(f"forward of a clip: {flops / 1e9:.4g} GFLOP; a training step does three times that")

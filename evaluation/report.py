@@ -1,6 +1,7 @@
 """What a reader gets: a table as Markdown, numbers as JSON, and a sheet of clips."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evaluation.evaluator import Evaluator
@@ -92,7 +93,7 @@ def table_lines(cells: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def save_clips(path: Any, evaluator: Evaluator, lines: Sequence[Line]) -> None:
+def save_clips(path: Path, evaluator: Evaluator, lines: Sequence[Line]) -> None:
     """The best, median and worst clip by PSNR: truth, the first method's sample, cross-fade."""
     method = evaluator.methods[0]
     k = evaluator.clip["endpoint_context"]

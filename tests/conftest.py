@@ -1,5 +1,6 @@
 """What tests share: MP4 files whose frames show their number, and tiny clips, networks and runs."""
 
+import json
 import os
 import signal
 
@@ -113,6 +114,26 @@ def square_videos(tmp_path_factory):
     return write_squares(tmp_path_factory.mktemp("squares"), size=32)
 
 
+@pytest.fixture
+def prepare(tmp_path):
+    """prepare_videos on tmp_path / "videos"; what it logs is in `.text`."""
+    from data.video_index import prepare_videos
+
+    def run(span=8, val_ratio=0.2, seed=0, **more):
+        lines = []
+        settings = {"span": span, "val_ratio": val_ratio, "seed": seed, "log": lines.append, **more}
+        splits = prepare_videos(tmp_path / "videos", cache_dir=tmp_path / "cache", **settings)
+        run.text = "\n".join(lines)
+        return splits
+
+    return run
+
+
+def names(videos):
+    """Their names in order."""
+    return [video.name for video in videos]
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -171,6 +192,27 @@ def run(out_dir, flags="", *given, status=0, stop=None, stage=None, by=signal.SI
             result = left.code
     assert result == (128 + by if stop else status)
     return out_dir
+
+
+def last(out_dir, name="last.pt"):
+    """The newest checkpoint of a run, or another one."""
+    from utils.checkpoint import load_checkpoint
+
+    return load_checkpoint(out_dir / name)
+
+
+def lines(out_dir, kind):
+    """The lines of metrics.jsonl of a kind, but for how fast they were."""
+    text = (out_dir / "metrics.jsonl").read_text()
+    found = [{**json.loads(line), "clips_per_second": 0} for line in text.splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def check_refusal(capsys, *named):
+    """One line was written to stderr, which names all of these."""
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert [name for name in named if name not in said] == []
 
 
 @pytest.fixture

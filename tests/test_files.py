@@ -3,7 +3,9 @@
 import itertools
 import json
 import os
+import sys
 import time
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -219,3 +221,9 @@ def test_deep_gray_keeps_its_upper_bits_in_either_byte_order(tmp_path):
             image = Image.frombytes("I;16B", (8, 8), levels.astype(">u2").tobytes())
         image.save(tmp_path / "a.tif")
         assert np.array_equal(io.read_image(tmp_path / "a.tif")[0].numpy(), levels >> 8)
+
+
+def test_a_notebook_in_place_of_a_console_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=len, flush=lambda: None))
+    with Parser("").one_line_errors():
+        pass

@@ -7,30 +7,32 @@ import json
 import math
 import multiprocessing
 import signal
-import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import leave_out_what_is_slow, run, words, write_squares
-from soak import FORK, SMALL, same, same_end
+from conftest import (
+    check_refusal,
+    last,
+    leave_out_what_is_slow,
+    lines,
+    run,
+    words,
+    write_squares,
+)
+from soak import SMALL, same, same_end
 
 import train_video_ddpm
 import training.objective
-import utils.io
-from data.kinetics_video_dataset import ClipRead, VideoClipDataset
-from data.training_clips import ClipLoader, open_clips
+from data.kinetics_video_dataset import VideoClipDataset
+from data.training_clips import open_clips
 from train_video_ddpm import build_parser, train_step
 from training.arguments import FIXED_FLAGS
-from training.checkpointer import claim
 from training.metrics import MAX_BAD_IN_ROW, TrainMetrics
 from training.objective import build_network, pick_objective
-from training.signals import StopRequest
 from training.state import get_lr, init_state
 from training.validation import validate
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import save_checkpoint
 from utils.device import choose_amp_dtype
 
 pytestmark = pytest.mark.usefixtures("quick", "narrow_predictor")
@@ -42,24 +44,6 @@ REFINE = "--preset refine --max_steps 5 --warmup_steps 2 --ema_update_after_step
 def train(train):
     """The fixture of that name, with a smaller network."""
     return lambda name, flags="", **how: train(name, f"{SMALL} {flags}", **how)
-
-
-def last(out_dir, name="last.pt"):
-    return load_checkpoint(out_dir / name)
-
-
-def lines(out_dir, kind):
-    """The lines of metrics.jsonl of a kind, but for how fast they were."""
-    text = (out_dir / "metrics.jsonl").read_text()
-    found = [{**json.loads(line), "clips_per_second": 0} for line in text.splitlines()]
-    return [line for line in found if line["kind"] == kind]
-
-
-def check_refusal(capsys, *named):
-    """One line was written to stderr, which names all of these."""
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert [name for name in named if name not in said] == []
 
 
 def arguments(**changes):
@@ -555,120 +539,6 @@ WRONG += ", --dry_run --resume"
 def test_wrong_flags_are_one_line_and_status_two(train, capsys, flags):
     train("a", flags, status=2)
     check_refusal(capsys, "/nowhere" if "/nowhere" in flags else words(flags)[0])
-
-
-# --- what is optional never costs what was learned ------------------------------------------------
-
-
-@pytest.mark.parametrize("broken", ["make_preview", "save_png", "save_mp4", "save_training_curves"])
-def test_what_a_run_can_do_without_costs_one_line_once(train, monkeypatch, capsys, broken):
-    def fail(*given, **named):
-        raise RuntimeError("Encoder not found")
-
-    module = train_video_ddpm if broken == "make_preview" else utils.io
-    monkeypatch.setattr(module, broken, fail)
-    out = train("a", "--epochs 3 --vis_every 1")
-    assert capsys.readouterr().err.count("Encoder not found") == 1
-    assert len(lines(out, "val")) == 3
-    assert last(out)["epoch"] == 3
-
-
-def test_the_checkpoint_of_an_epoch_is_written_before_its_preview(train, monkeypatch, tmp_path):
-    saved = []
-
-    def look(*given):
-        saved.append(last(tmp_path / "a")["epoch"])
-        raise ValueError
-
-    monkeypatch.setattr(train_video_ddpm, "make_preview", look)
-    train("a", "--epochs 2 --vis_every 1")
-    assert saved == [1, 2]
-
-
-def train_without_a_screen(command, is_closed):
-    sys.stdout = None if is_closed else Path("/dev/full").open("w")  # noqa: SIM115
-    sys.exit(train_video_ddpm.main(command))
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("is_closed", [True, False])
-def test_a_screen_that_is_closed_or_full_costs_no_run(square_videos, tmp_path, is_closed):
-    flags = f"{SMALL} --max_steps 3 --out_dir {tmp_path / 'a'} --cache_dir {tmp_path / 'cache'}"
-    command = ["--data_root", str(square_videos), *words(flags)]
-    process = FORK.Process(target=train_without_a_screen, args=(command, is_closed))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert last(tmp_path / "a")["step"] == 3
-
-
-def test_a_stop_during_validation_is_heeded_and_validation_comes_first_on_resume(
-    train, monkeypatch, capfd
-):
-    flags = "--epochs 2 --ema_update_after_step 2"
-    straight = train("straight", flags)
-    held_out = ClipLoader.validation
-
-    def stop_at_once(self):
-        signal.raise_signal(signal.SIGTERM)
-        yield from held_out(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClipLoader, "validation", stop_at_once)
-        stopped = train("stopped", flags, status=143)
-    assert "SIGTERM" in capfd.readouterr().err
-    assert last(stopped)["epoch"] == 1
-    assert last(stopped)["history"]["epochs"] == []
-    run(stopped, "--resume")
-    assert same_end(straight, stopped)
-    assert same_end(straight, stopped, "best.pt")
-    assert lines(straight, "val") == lines(stopped, "val")
-
-
-def test_a_closed_terminal_stops_a_run_unless_nohup_said_otherwise(train):
-    # The tests themselves may run under nohup.
-    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        train("a", "--max_steps 4", stop=2, by=signal.SIGHUP)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        request = StopRequest()
-        signal.raise_signal(signal.SIGHUP)
-        request.restore()
-    finally:
-        signal.signal(signal.SIGHUP, former)
-    assert request.signal == 0
-
-
-def test_data_that_is_away_ends_a_run_with_a_checkpoint(train, monkeypatch):
-    reads = itertools.count()
-    read = VideoClipDataset.__getitem__
-
-    def fail_later(self, key):
-        if self.random_window and next(reads) >= 6:
-            return ClipRead(None, ["0.mp4 (gone)"])
-        return read(self, key)
-
-    monkeypatch.setattr(VideoClipDataset, "__getitem__", fail_later)
-    out = train("a", "--max_steps 50 --batch_size 2", status=2)
-    assert last(out)["step"] == 3
-
-
-def claim_and_wait(out_dir, claimed):
-    with claim(out_dir):
-        claimed.set()
-        time.sleep(600)
-
-
-def test_a_folder_takes_one_run_at_a_time_and_a_killed_one_leaves_no_claim(train, tmp_path, capsys):
-    claimed = FORK.Event()
-    other = FORK.Process(target=claim_and_wait, args=(tmp_path / "a", claimed))
-    other.start()
-    claimed.wait()
-    train("a", "--max_steps 1", status=2)
-    check_refusal(capsys, f"--out_dir {tmp_path / 'a'}")
-    other.kill()
-    other.join()
-    train("a", "--max_steps 1")
 
 
 def test_bfloat16_is_for_gpus_that_have_it(monkeypatch):

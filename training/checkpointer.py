@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from training.distributed import is_main, print0
 from training.state import TrainingState
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -70,7 +68,7 @@ class Checkpointer:
             )
         except OSError as error:
             failure = error
-        tqdm.write(f"WARNING: {failure}; earlier checkpoints are untouched", file=sys.stderr)
+        print0(f"WARNING: {failure}; earlier checkpoints are untouched", file=sys.stderr)
         return failure
 
 

@@ -11,6 +11,7 @@ NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 # RMS of an update's entries per unit of learning rate; it is AdamW's, so that one rate fits both.
 UPDATE_RMS = 0.2
+BATCH_VALUES = 2**20  # in a batch of matrices, of which a step holds some ten copies
 
 
 class Muon(torch.optim.AdamW):
@@ -43,13 +44,15 @@ class Muon(torch.optim.AdamW):
         self.param_groups = [others]  # all that AdamW is to see
         super().step()
         self.param_groups = [others, matrices]
-        # Matrices of equal shape are one batch, as a network has many of few shapes.
+        # Small matrices of equal shape are batched, as a network has many of few shapes.
         by_shape = defaultdict(list)
         for weight in matrices["params"]:
             if weight.grad is not None:
                 by_shape[weight.shape].append(weight)
-        for weights in by_shape.values():
-            self._turn(weights, matrices)
+        for shape, weights in by_shape.items():
+            count = max(1, BATCH_VALUES // shape.numel())
+            for i in range(0, len(weights), count):
+                self._turn(weights[i : i + count], matrices)
 
     def _turn(self, weights: list[nn.Parameter], group: dict) -> None:
         """Update matrices of one shape by their orthogonalised Nesterov momentum."""

@@ -52,6 +52,13 @@ def choose_amp_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
+def tune_kernels(device: torch.device) -> None:
+    """On CUDA, multiply float32 matrices in TF32 and choose convolutions by trial."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """The network's precision: autocast to dtype, or plain float32 for None."""
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import math
 import os
 import re
@@ -115,8 +116,9 @@ class Parser(argparse.ArgumentParser):
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # it was closed
                 setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
-            # A console that lacks a character shows its code.
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+            # A console that lacks a character shows its code; a notebook's has all.
+            if isinstance(getattr(sys, name), io.TextIOWrapper):
+                getattr(sys, name).reconfigure(errors="backslashreplace")
         former = {}
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)
