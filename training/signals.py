@@ -67,7 +67,9 @@ def name_dead_workers(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     Raises: RunError: in place of what torch says, if a loading process was killed.
     """
     try:
-        yield from batches
+        for batch in batches:
+            forget_children()
+            yield batch
     except (RuntimeError, ConnectionError, EOFError) as error:
         # One that is killed while it hands a clip over breaks the connection.
         is_known = not isinstance(error, RuntimeError)
@@ -83,12 +85,17 @@ def end_loading_processes() -> Iterator[None]:
     try:
         yield
     finally:
-        # torch's handler would take their end for an accident; Windows has no such signal.
-        handler = None
-        if hasattr(signal, "SIGCHLD"):
-            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        forget_children()
         for child in multiprocessing.active_children():
             child.kill()
             child.join()
-        if handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
+
+
+def forget_children() -> None:
+    """Leave the end of a loading process to the loader, which looks while it waits for a clip.
+
+    torch's handler of the signal would raise wherever the run is, in the middle of a save too.
+    """
+    # Windows has no such signal.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
