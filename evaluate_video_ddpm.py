@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data.moving_mnist import open_test_clips
 from data.video_index import DEFAULT_CACHE_DIR, Video, clip_span, held_out_videos, usable_videos
 from diffusion.pipeline import MiddleFramePipeline
 from diffusion.sampler import SPACINGS
@@ -20,6 +21,7 @@ from evaluation.baselines import BASELINES
 from evaluation.evaluator import Evaluator, baseline_method, describe_settings, pipeline_method
 from evaluation.fvd import I3D, I3D_URL, MIN_FRAMES
 from evaluation.metrics import ALEXNET_URL, SSIM_WINDOW, Scorer, alexnet_path, has_alexnet
+from evaluation.protocols import PUBLISHED, SMMNIST
 from evaluation.report import write_report
 from evaluation.results import PerClipResults
 from evaluation.st_lpips import INSTALL, MIN_SIDE, weights_path
@@ -69,10 +71,15 @@ def build_parser() -> flags.Parser:
     add("--frame_stride", type=count, help="source frames between clip frames")
 
     add = parser.add_argument_group("scores").add_argument
-    add("--protocol", choices=("native", "mcvd"), default="native", help="native, or MCVD's: --T 9")
-    add("--baselines", nargs="*", choices=BASELINES, default=[*BASELINES], help="to compare with")
+    add(
+        "--protocol",
+        choices=("native", *PUBLISHED),
+        default="native",
+        help="mcvd = of MCVD's table on BAIR; smmnist = of its table on moving digits",
+    )
+    add("--baselines", nargs="*", choices=BASELINES, help="to compare with; None = all of use")
     add("--fvd_weights", type=path, metavar="PT", help="I3D; None = no FVD")
-    add("--num_samples", type=count, help="middles per clip; None = 1, 10 for mcvd")
+    add("--num_samples", type=count, help="middles per clip; None = 1, 10 by protocol")
 
     group = parser.add_argument_group("sampler")
     flags.add_sampler_flags(group, SPACINGS, several=True)
@@ -90,6 +97,8 @@ def resolve_clip(args: argparse.Namespace, pipe: MiddleFramePipeline | None) -> 
         clip = {**pipe.clip_config, "endpoint_context": pipe.endpoint_context}
     if args.protocol == "mcvd":
         clip = {**clip, "num_frames": 9}
+    if args.protocol == "smmnist" and pipe is None:
+        clip = {**SMMNIST, "num_frames": 20}
     given = {name: getattr(args, name) for name in ("num_frames", "size", "frame_stride")}
     clip = {**clip, **{name: value for name, value in given.items() if value}}
     t = clip["num_frames"]
@@ -98,6 +107,8 @@ def resolve_clip(args: argparse.Namespace, pipe: MiddleFramePipeline | None) -> 
         raise ValueError(f"--T must exceed 2 * K so that a middle exists (got --T {t}, K = {k})")
     if args.protocol == "mcvd" and (t, k) != (9, 2):
         raise ValueError(f"--protocol mcvd needs --T 9 and K = 2 (got --T {t}, K = {k})")
+    if args.protocol == "smmnist" and clip != {**clip, **SMMNIST}:
+        raise ValueError(f"--protocol smmnist needs clips of {SMMNIST} (got {clip})")
     if pipe is not None and pipe.model is not None:
         check_size(clip["size"], pipe.model.size_multiple)
     return clip
@@ -154,6 +165,10 @@ def choose_videos(
     """The files to score, of `span` frames or more, and their root; ValueError if none."""
     trained = pipe.trained["args"] if pipe else {"data_root": None, "cache_dir": None}
     own = trained["data_root"]
+    if args.protocol == "smmnist":
+        root = args.data_root or own
+        print(f"scoring moving digits of {root}")
+        return open_test_clips(root, span, args.num_videos), root
     if args.split == "all":
         root = args.data_root
         cache_dir = trained["cache_dir"] or DEFAULT_CACHE_DIR
@@ -168,7 +183,7 @@ def choose_videos(
     if args.split != "val" and own and os.path.realpath(own) == os.path.realpath(root):
         print(f"note: {args.ckpt} was trained on clips of this split", file=sys.stderr)
     print(f"scoring {len(videos)} clips, split {args.split} of {root}")
-    return videos, root
+    return videos, os.path.realpath(root)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -178,17 +193,24 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.ckpt:
         pipe = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device)
     device = pipe.device if pipe else resolve_device(args.device)
-    is_mcvd = args.protocol == "mcvd"
+    is_published = args.protocol != "native"
     args.split = args.split or ("val" if pipe else "all")
-    args.num_samples = args.num_samples or (10 if is_mcvd else 1)
+    if args.baselines is None:
+        args.baselines = [*BASELINES]
+        if args.protocol != "smmnist":
+            args.baselines.remove("black")
+    args.num_samples = args.num_samples or (10 if is_published else 1)
     if args.window is None:
-        args.window = "random" if is_mcvd else "central"
+        args.window = "random" if is_published else "central"
     if args.split == "all" and args.data_root is None:
         raise ValueError("--data_root must be given for --split all, the default without --ckpt")
     if args.split != "all" and pipe is None:
         raise ValueError(f"--split must be all without --ckpt (got {args.split})")
     clip = resolve_clip(args, pipe)
     left_out = find_missing(args, clip)
+    if args.protocol == "smmnist":
+        # Those networks have seen photographs; the published table has no such score.
+        left_out += ["lpips", "st_lpips"]
 
     # The methods; all others are compared with the first.
     m = clip["num_frames"] - 2 * clip["endpoint_context"]
@@ -211,7 +233,7 @@ def evaluate(args: argparse.Namespace) -> None:
         window=args.window,
         seed=args.seed,
         methods=methods,
-        scorer=Scorer(device, is_mcvd, left_out),
+        scorer=Scorer(device, args.protocol, left_out),
         i3d=None if "fvd" in left_out else I3D(args.fvd_weights, device),
         batch_size=args.batch_size,
         device=device,
@@ -222,7 +244,7 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = {
         **clip,
         **{name: getattr(args, name) for name in names},
-        "data_root": os.path.realpath(root),
+        "data_root": root,
         "methods": [method.name for method in methods],
         "left_out": sorted({"ssim", "lpips", "st_lpips", "fvd"}.intersection(left_out)),
         "checkpoint_sha256": file_sha256(args.ckpt) if pipe else None,

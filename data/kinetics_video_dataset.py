@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from data.video_index import Video, central_start, clip_span, printable, reason_of, stable_hash
 from data.video_reader import DECODE_ERRORS, read_frames
-from utils.video_utils import FrameSize, resize_and_crop, to_float, to_gray
+from utils.video_utils import FrameSize, as_pair, resize_and_crop, to_float, to_gray
 
 MAX_ATTEMPTS = 8  # files tried for one clip
 # Seconds of the first pause after a file system failed; each is twice the one before, two minutes
@@ -76,6 +76,11 @@ class VideoClipDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.videos)
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return as_pair(self.source.size)
 
     def fingerprint(self) -> str:
         """A short hash of the names and lengths of the files."""

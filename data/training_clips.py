@@ -20,10 +20,11 @@ from data.kinetics_video_dataset import (
     VideoClipDataset,
     collate,
 )
+from data.moving_mnist import PREFIX, open_moving_mnist
 from data.synthetic_videos import make_synthetic_videos
 from data.video_index import clip_span, prepare_videos
 from utils.io import remove_stale_temporaries
-from utils.video_utils import FrameSize, as_pair
+from utils.video_utils import FrameSize
 
 
 def open_clips(
@@ -41,12 +42,15 @@ def open_clips(
     """The training clips, at random windows, and the held-out clips, at their central ones.
 
     Args:
-        data_root: folder of videos; None = the built-in clips, which are rendered once.
+        data_root: folder of videos, or "smmnist:" and MNIST's folder; None = the built-in clips,
+            which are rendered once.
         cache_videos: decode every video once, to disk.
         split: val_ratio, max_videos and log of `prepare_videos`.
 
     Raises: ValueError: if there are none, or no room for the cache.
     """
+    if data_root and str(data_root).startswith(PREFIX):
+        return open_moving_mnist(data_root, num_frames, frame_stride, size, color_mode, seed)
     # Other machines may write there, whose processes cannot be seen.
     remove_stale_temporaries(Path(cache_dir), untouched=3600)
     threads = os.cpu_count() or 1  # for rendering, indexing and caching
@@ -93,7 +97,7 @@ class ClipLoader:
         self.device = device
         self.errors = ReadErrors(log=log)
         frames = batch_size * train_clips.num_frames
-        check_shared_memory(workers, frames, train_clips.source.size)
+        check_shared_memory(workers, frames * math.prod(train_clips.frame_size))
         load = partial(
             DataLoader,
             pin_memory=device.type == "cuda",
@@ -122,12 +126,12 @@ class ClipLoader:
         return next(self.errors.load([collate(reads)], self.device)) if reads else None
 
 
-def check_shared_memory(workers: int, frames: int, size: FrameSize) -> None:
+def check_shared_memory(workers: int, pixels: int) -> None:
     """Raises: ValueError: if the batches that wait do not fit; loading would wait for ever."""
     folder = Path("/dev/shm")
     if workers and folder.is_dir():
         # Each process has two batches ready.
-        needed = 2 * workers * frames * 3 * math.prod(as_pair(size))
+        needed = 2 * workers * 3 * pixels
         free = shutil.disk_usage(folder).free
         if needed > free:
             got = f"got {free / 2**20:.0f} MiB free in {folder}"

@@ -19,6 +19,11 @@ FLOW_PIXELS = 256  # smaller frames are enlarged: the patches have 8 pixels
 RIFE_MULTIPLE = 64  # of pixels, for the coarsest level
 
 
+def black(start: Tensor, end: Tensor, num_middle: int) -> Tensor:
+    """Black frames, which many a published score on moving digits does not exceed."""
+    return torch.full_like(start[:, :, :1], -1).expand(-1, -1, num_middle, -1, -1)
+
+
 def nearest(start: Tensor, end: Tensor, num_middle: int) -> Tensor:
     """The nearer observed frame, the start's where both are equally near."""
     from_start = math.ceil(num_middle / 2)
@@ -108,4 +113,10 @@ def rife_network(device: torch.device) -> nn.Module:
     return network
 
 
-BASELINES = {"nearest": nearest, "cross_fade": cross_fade, "flow": flow, "rife": rife}
+BASELINES = {
+    "nearest": nearest,
+    "cross_fade": cross_fade,
+    "flow": flow,
+    "rife": rife,
+    "black": black,
+}

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.kinetics_video_dataset import DecodedFrames, read_clip
+from data.moving_mnist import MovingMNIST
 from data.video_index import Video, central_start, clip_span, printable, reason_of
 from data.video_reader import DECODE_ERRORS
 from diffusion.noise import SAMPLE, generator_for
@@ -88,7 +89,7 @@ class Evaluator:
         i3d: None = no FVD.
     """
 
-    videos: Sequence[Video]
+    videos: Sequence[Video] | MovingMNIST
     clip: Line
     window: str | int
     seed: int
@@ -100,6 +101,8 @@ class Evaluator:
 
     def identify(self, number: int) -> Line:
         """The name and hash of a clip's file, and the first frame used."""
+        if isinstance(self.videos, MovingMNIST):
+            return {"name": f"digits {number}", "sha256": None, "first_frame": 0}
         video = self.videos[number]
         span = clip_span(self.clip["num_frames"], self.clip["frame_stride"])
         first = self.window
@@ -113,6 +116,8 @@ class Evaluator:
 
     def read(self, number: int, source: Line) -> Tensor:
         """A clip, uint8 [C,T,H,W]; raises one of DECODE_ERRORS."""
+        if isinstance(self.videos, MovingMNIST):
+            return self.videos[0, number].clip
         frames = DecodedFrames(self.clip["size"], self.clip["color_mode"])
         shape = (self.clip["num_frames"], self.clip["frame_stride"])
         return read_clip(frames, self.videos[number], source["first_frame"], *shape)

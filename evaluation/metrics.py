@@ -158,11 +158,13 @@ def spread(samples: Tensor, truth: Tensor) -> dict[str, float]:
 class Scorer:
     """All scores of clips, without those that `missing` names.
 
-    `like_mcvd`: PSNR (clip) is taken before rounding, and SSIM on luma.
+    For the protocols of MCVD's paper, "mcvd" and "smmnist", PSNR (clip) is taken before rounding,
+    and SSIM on luma; on digits after every pixel is made black or white.
     """
 
-    def __init__(self, device: torch.device, like_mcvd: bool, missing: Container[str]):
-        self.like_mcvd = like_mcvd
+    def __init__(self, device: torch.device, protocol: str, missing: Container[str]):
+        self.protocol = protocol
+        self.like_mcvd = protocol != "native"
         self.has_ssim = "ssim" not in missing
         self.distances = {}  # score -> function (frames, truth) -> [B]
         if "lpips" not in missing:
@@ -186,7 +188,10 @@ class Scorer:
             "psnr_frames": frames,
         }
         if self.has_ssim:
-            columns["ssim"] = ssim(middle, truth, gray=self.like_mcvd)
+            pair = (middle, truth)
+            if self.protocol == "smmnist":
+                pair = [torch.where(frames > 0, 1.0, -1.0) for frames in pair]
+            columns["ssim"] = ssim(*pair, gray=self.like_mcvd)
         for name, distance in self.distances.items():
             columns[name] = distance(middle, truth)
         columns["temporal_l1"] = temporal_error(middle, truth)

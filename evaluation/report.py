@@ -48,8 +48,8 @@ def write_report(
     text = [*table_lines(score_cells(rows)), ""]
     text += [f"- {note}" for note in notes(settings, len(lines))]
     text += [f"- left out, unreadable: {failure}" for failure in failures]
-    if settings["protocol"] == "mcvd":
-        text += ["", *table_lines(PUBLISHED)]
+    if settings["protocol"] in PUBLISHED:
+        text += ["", *table_lines(PUBLISHED[settings["protocol"]])]
     table = "\n".join([*text, ""])
     folder = results.path.parent
     with atomic_write(folder / "table.md") as file:

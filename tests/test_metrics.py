@@ -16,7 +16,7 @@ from evaluation.metrics import Scorer, sharpness, spread, static_error
 from utils.video_utils import frame_psnr, join_clip, split_clip, to_float, to_gray, to_uint8
 
 CPU = torch.device("cpu")
-NATIVE = Scorer(CPU, like_mcvd=False, missing=["lpips", "st_lpips"])
+NATIVE = Scorer(CPU, protocol="native", missing=["lpips", "st_lpips"])
 
 
 def noise(*shape, seed=0):
@@ -60,7 +60,7 @@ def test_psnr_and_ssim_agree_with_scikit_image(channels, gray):
 def test_protocols_differ_in_the_rounding_of_clip_psnr_and_in_the_colours_of_ssim():
     generated, truth = pair()
     start, end = truth[:, :, :2], truth[:, :, 2:4]
-    both = (NATIVE, Scorer(CPU, like_mcvd=True, missing=["lpips", "st_lpips"]))
+    both = (NATIVE, Scorer(CPU, protocol="mcvd", missing=["lpips", "st_lpips"]))
     native, mcvd = (scorer(generated, truth, start, end)[1] for scorer in both)
     for scores, clip, gray in (
         (native, to_float(to_uint8(generated)), False),
@@ -176,7 +176,7 @@ def test_lpips_agrees_with_the_original_implementation(tmp_path, monkeypatch):
     backbone.parent.mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(models.alexnet(weights=None).state_dict(), backbone)
-    scorer = Scorer(CPU, like_mcvd=False, missing=["ssim", "st_lpips"])
+    scorer = Scorer(CPU, protocol="native", missing=["ssim", "st_lpips"])
     generated, truth = pair(size=128)
     ours = scorer(generated, truth, truth, truth)
     original = lpips.LPIPS(net="alex", version="0.1", verbose=False)

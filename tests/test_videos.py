@@ -221,6 +221,6 @@ def test_too_little_shared_memory_is_one_clear_error(monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9, 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     # Two batches of 40 frames of 12 KiB for each process.
-    check_shared_memory(1, 40, 64)
+    check_shared_memory(1, 40 * 64 * 64)
     with pytest.raises(ValueError, match="--num_workers 2 needs 2 MiB .*1 MiB free"):
-        check_shared_memory(2, 40, 64)
+        check_shared_memory(2, 40 * 64 * 64)

@@ -109,7 +109,7 @@ def resolve_stage(parser: Parser, stage: Stage) -> Start:
         for name, value in stage.given.items():
             flag = "T" if name == "num_frames" else name
             if name == "data_root":
-                value = str(Path(value).absolute())
+                value = absolute_root(value)
             stored = checkpoint["args"].get(name, value)
             if name in FIXED_FLAGS and value != stored:
                 got = f"got {value}, the checkpoint has {stored}"
@@ -120,11 +120,17 @@ def resolve_stage(parser: Parser, stage: Stage) -> Start:
     values["out_dir"] = str(stage.out_dir)
     if values["data_root"]:
         # A checkpoint finds its clips from any folder.
-        values["data_root"] = str(Path(values["data_root"]).absolute())
+        values["data_root"] = absolute_root(values["data_root"])
     args = argparse.Namespace(**values)
     check_args(args)
     predictor = checkpoint["predictor"] if checkpoint else load_predictor(args)
     return Start(args=args, checkpoint=checkpoint, source=source, predictor=predictor)
+
+
+def absolute_root(root: str) -> str:
+    """A data root from any working folder: a folder, or one with "smmnist:" before it."""
+    prefix = "smmnist:" if root.startswith("smmnist:") else ""
+    return prefix + str(Path(root.removeprefix(prefix)).absolute())
 
 
 def check_args(args: argparse.Namespace) -> None:
