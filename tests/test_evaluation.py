@@ -287,7 +287,7 @@ def test_what_cannot_be_had_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def left_out(flags="--fvd_weights PT --num_samples 2", size=64, t=9):
-        args = evaluate_video_ddpm.build_parser().parse_args(words(flags))
+        args = evaluate_video_ddpm.build_parser().parse_args(words(f"{flags} --baselines flow"))
         found = evaluate_video_ddpm.find_missing(args, {"size": size, "num_frames": t})
         return set(found).difference(["flow", "rife", "st_lpips"])
 
