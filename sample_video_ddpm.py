@@ -44,7 +44,6 @@ from utils.video_utils import (
 )
 
 BATCH_SIZE = 8  # clips per forward
-WORKING_PIXELS = 256 * 256  # frames of larger videos are generated at about this many, enlarged
 OOM_REMEDY = "--num_clips, --size or --T"
 # Of a sample, sample.json last; video.mp4 belongs to --video.
 WRITTEN = ("frames", "sample.mp4", "sample.gif", "start_context.png", "end_context.png")
@@ -268,11 +267,29 @@ def probe_gaps(args: argparse.Namespace, k: int) -> tuple[VideoInfo, list[range]
     return info, gaps
 
 
-def working_size(height: int, width: int, multiple: int) -> tuple[int, int]:
-    """The size at which frames of a video are generated: its own, or WORKING_PIXELS at most."""
-    scale = min(1.0, (WORKING_PIXELS / (height * width)) ** 0.5)
+def working_size(
+    height: int, width: int, trained: tuple[int, int], multiple: int
+) -> tuple[int, int]:
+    """The size at which frames of a video are generated: reduced as clips of training are."""
+    scale = min(1.0, max(trained[0] / height, trained[1] / width))
     sides = [max(1, round(side * scale / multiple)) * multiple for side in (height, width)]
     return sides[0], sides[1]
+
+
+def at_full_size(middle: Tensor, small_ends: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
+    """Small middle frames [1,C,M,h,w] at the size of the ends, [1,3,1,H,W]; all in [-1, 1].
+
+    What they change of their cross-fade is enlarged and added to that of the ends, which keeps the
+    ends' detail where nothing moves (LOG.md).
+
+    Args:
+        small_ends: the nearest observed frames as the network saw them, [1,C,K,h,w].
+    """
+    fade = cross_fade(*ends, middle.shape[2])
+    if middle.shape == fade.shape:
+        return middle
+    change = middle - cross_fade(*small_ends, middle.shape[2]).to(middle.device)
+    return fade + resize(change.cpu(), fade.shape[-2:])
 
 
 def write_video(
@@ -282,34 +299,37 @@ def write_video(
     info, gaps = probe_gaps(args, pipe.endpoint_context)
     height, width = upright_size(info)
     multiple = pipe.model.size_multiple if pipe.model is not None else 1
-    size = as_pair(args.size) if args.size else working_size(height, width, multiple)
-    if size != (height, width):
-        small = f"{size[0]}x{size[1]}"
-        print(f"frames are generated at {small} and resized to {height}x{width}; --size chooses")
+    trained = as_pair(pipe.clip_config["size"])
+    size = as_pair(args.size) if args.size else working_size(height, width, trained, multiple)
+    m = middle_length(pipe.clip_config["num_frames"], pipe.endpoint_context)
+    if size != trained or any(len(gap) != m for gap in gaps):
+        print(f"note: frames are generated at {size[0]}x{size[1]} pixels; {args.ckpt} was trained")
+        print(f"at {trained[0]}x{trained[1]}, {m} frames at once")
     filled = []
 
     def as_context(frames: Sequence[Tensor]) -> Tensor:
         pictures = torch.stack([resize(frame, size) for frame in frames])  # [K,3,H,W]
         if args.color_mode == "gray":
             pictures = to_gray(pictures)
-        return pictures.transpose(0, 1)[None]
+        return to_float(pictures.transpose(0, 1)[None])
 
     def generate(before: Sequence[Tensor], after: Sequence[Tensor], count: int) -> list[Tensor]:
         generator = generator_for(args.seed, SAMPLE, len(filled))
         filled.append(count)
+        small_ends = (as_context(before), as_context(after))
         middle = pipe(
-            as_context(before),
-            as_context(after),
+            *small_ends,
             num_middle=count,
             generator=[generator],
             dynamic_threshold=args.dynamic_threshold,
             **settings,
         )
-        frames = to_uint8(middle)[0].cpu().expand(3, -1, -1, -1).unbind(1)
+        ends = [to_float(frame)[None, :, None] for frame in (before[-1], after[0])]
+        frames = to_uint8(at_full_size(middle, small_ends, ends))[0].cpu().unbind(1)
         # A gray video stays gray, whatever colours the model knows.
         if all(torch.equal(frame[:1].expand(3, -1, -1), frame) for frame in (*before, *after)):
             frames = [to_gray(frame).expand(3, -1, -1) for frame in frames]
-        return [resize(frame, (height, width)) for frame in frames]
+        return list(frames)
 
     try:
         with io.atomic_write(path) as file:

@@ -19,7 +19,7 @@ from models.predictor import FramePredictor
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.images import load_context
 from utils.io import read_image, save_mp4
-from utils.video_utils import resize, resize_and_crop, to_gray, to_uint8
+from utils.video_utils import resize, resize_and_crop, to_float, to_gray, to_uint8
 
 pytestmark = pytest.mark.usefixtures("quick")
 PNGS = ["start_0.png", "start_1.png", "end_0.png", "end_1.png"]
@@ -257,7 +257,7 @@ def test_the_checkpoint_moves_without_its_data(sample, ckpt, tmp_path):
 
 def test_gaps_of_a_video_are_filled_and_all_else_stays(sample, ckpt, tmp_path):
     source = with_sound(tmp_path / "in.mp4")
-    out = sample("--video in.mp4 --gap 20:28 --gap 10:13 --lossless --seed 3")
+    out = sample("--video in.mp4 --gap 20:28 --gap 10:13 --lossless --seed 3 --size 24 32")
     before = decoded(source)
     pipe = MiddleFramePipeline.from_checkpoint(ckpt, "cpu")
     expected = before.clone()
@@ -287,12 +287,19 @@ def test_a_gap_may_be_generated_at_another_size_and_in_gray(sample, others, tmp_
     pipe = MiddleFramePipeline.from_checkpoint(others["gray"], "cpu")
     noise = [generator_for(0, SAMPLE, 0)]
     middle = pipe(small[:, 4:5], small[:, 7:8], num_middle=2, steps=3, generator=noise)
-    expected = resize(to_uint8(middle)[0].transpose(0, 1), (24, 32)).expand(-1, 3, -1, -1)
-    assert torch.equal(decoded(out / "video.mp4")[5:7], expected)
-    # Without the flag that is the video's own size, or at most about 256x256.
-    sizes = [(24, 32), (27, 39), (480, 640), (1080, 1920)]
-    working = [sample_video_ddpm.working_size(*size, 4) for size in sizes]
-    assert working == [(24, 32), (28, 40), (220, 296), (192, 340)]
+    # What changes is enlarged and added to the cross-fade of the large frames.
+    large = to_float(decoded(source)).transpose(0, 1)
+    for i, weight in enumerate((1 / 3, 2 / 3)):
+        faded = torch.lerp(large[:, 4], large[:, 7], weight)
+        small_fade = torch.lerp(to_float(small[:, 4]), to_float(small[:, 7]), weight)
+        change = resize(middle[0, :, i] - small_fade, (24, 32))
+        error = decoded(out / "video.mp4")[5 + i].float() - (faded + change + 1) * 127.5
+        # Values beyond black and white are cut; halves may round either way.
+        assert error[:, ((faded + change).abs() <= 1).all(0)].abs().max() < 0.51
+    # Without the flag frames are reduced as clips of training are, and never enlarged.
+    sizes = [(24, 32), (64, 64), (480, 640), (1080, 1920)]
+    working = [sample_video_ddpm.working_size(*size, (64, 64), 8) for size in sizes]
+    assert working == [(24, 32), (64, 64), (64, 88), (64, 112)]
 
 
 def test_an_earlier_sample_stays_without_overwrite(sample, capsys):
