@@ -175,7 +175,7 @@ def choose_videos(
         videos = usable_videos(root, span, args.num_videos, cache_dir)
     else:
         found, root = held_out_videos(trained, pipe.clip_config, args.data_root, args.split)
-        videos = [video for video in found if video.info.frames >= span][: args.num_videos]
+        videos = [video for video in found if len(video.frames) >= span][: args.num_videos]
         if not videos:
             raise ValueError(f"--data_root {root}: none of {len(found)} clips has {span} frames")
         if not args.data_root and not own:

@@ -161,7 +161,7 @@ def load_contexts(args: argparse.Namespace, pipe: MiddleFramePipeline) -> Contex
     stride = pipe.clip_config["frame_stride"]
     span = clip_span(args.num_frames, stride)
     held_out, root = held_out_videos(pipe.trained["args"], pipe.clip_config, args.data_root)
-    videos = [video for video in held_out if video.info.frames >= span]
+    videos = [video for video in held_out if len(video.frames) >= span]
     if args.num_clips > len(videos):
         rule = f"--num_clips must be at most {len(videos)}, the held-out clips of {root}"
         raise ValueError(f"{rule} with {span} frames or more (got {args.num_clips})")

@@ -40,6 +40,7 @@ class CachedFrames:
         workers: int = 1,
     ):
         self.size = size
+        videos = list({video.path: video for video in videos}.values())  # parts have one file
         *starts, total = accumulate((video.info.frames for video in videos), initial=0)
         self.shape = (total, 1 if color_mode == "gray" else 3, *as_pair(size))
         identity = [[os.path.realpath(v.path), *stamp(Path(v.path)), v.info.frames] for v in videos]

@@ -26,6 +26,8 @@ SPLITS = {
     "test": ("test", "testing", "videos_test"),
 }
 INDEX_VERSION = 3  # change it whenever VideoInfo or its meaning changes
+PART_SPANS = 16  # clips' lengths that a part of a long video has at least
+FILM_PARTS = 10  # of a single short video, so that the last can be held out
 SAVE_EVERY = 1000  # files that are new to the index
 MAX_NAMED = 20  # bad files that a report names
 
@@ -33,12 +35,18 @@ Log = Callable[[str], None]
 
 
 class Video(NamedTuple):
-    """A file of the index."""
+    """A file of the index, or a part of a long one."""
 
     path: str
     name: str  # its path below the root
     info: VideoInfo | None
     reason: str  # why there is no info, or what is damaged, or ""
+    part: range | None = None  # the frames that clips are taken from; None = all
+
+    @property
+    def frames(self) -> range:
+        """The frames that clips are taken from."""
+        return self.part or range(self.info.frames)
 
 
 def find_videos(root: str | Path) -> list[Path]:
@@ -265,7 +273,17 @@ def clip_span(num_frames: int, frame_stride: int) -> int:
 
 def central_start(video: Video, span: int) -> int:
     """First frame of the central window of `span` frames."""
-    return (video.info.frames - span) // 2
+    return video.frames.start + (len(video.frames) - span) // 2
+
+
+def divide(video: Video, count: int) -> list[Video]:
+    """A video as `count` parts of about one length, in order of time."""
+    if count < 2:
+        return [video]
+    n = video.info.frames
+    parts = [range(n * i // count, n * (i + 1) // count) for i in range(count)]
+    names = [f"{video.name}, frames {part.start} to {part.stop - 1}" for part in parts]
+    return [video._replace(name=name, part=p) for name, p in zip(names, parts, strict=True)]
 
 
 def prepare_videos(
@@ -283,7 +301,8 @@ def prepare_videos(
 
     Folders named as in SPLITS are the splits; "test" is held out where there is no "val".
     Otherwise the hash of (seed, name) holds out about `val_ratio` of the files, so that files
-    added later move none across.
+    added later move none across. Long videos are divided into parts, so that an epoch sees them
+    in proportion to their length; of a single one the last parts are held out.
 
     Args:
         max_videos: bound on the files of both splits; None = all.
@@ -311,7 +330,7 @@ def prepare_videos(
             name = index.name(path)
             by_hash = "val" if split_key(seed, name) < val_ratio else "train"
             (val if assigned.get(name, by_hash) == "val" else train).append(path)
-        rule = "it must hold at least two usable video files, one for validation"
+        rule = "it must hold two usable video files, one for validation, or one of two clips"
 
     splits = []
     limits = share_limit(max_videos, len(train), len(val))
@@ -325,8 +344,24 @@ def prepare_videos(
     if not has_folders and not (train and val) and len(train) + len(val) > 1:
         assigned.update(_fill_empty_split(train, val, seed))
         index.save()
+    if not has_folders and len(train) + len(val) == 1:
+        (film,) = train or val
+        count = min(film.info.frames // span, max(FILM_PARTS, parts_of(film, span)))
+        parts = divide(film, count)
+        held_out = max(1, round(val_ratio * count))
+        train, val = parts[:-held_out], parts[-held_out:]
+    else:
+        train, val = (
+            [part for video in split for part in divide(video, parts_of(video, span))]
+            for split in (train, val)
+        )
     index.report(span, log, broken_rule=None if train and val else rule)
     return train, val
+
+
+def parts_of(video: Video, span: int) -> int:
+    """Into how many parts a video is divided."""
+    return video.info.frames // (PART_SPANS * span)
 
 
 def share_limit(max_videos: int | None, train: int, val: int) -> tuple[int, int]:

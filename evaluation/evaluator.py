@@ -110,7 +110,7 @@ class Evaluator:
             first = central_start(video, span)
         elif first == "random":
             rng = np.random.default_rng([self.seed, number])
-            first = int(rng.integers(video.info.frames - span + 1))
+            first = video.frames.start + int(rng.integers(len(video.frames) - span + 1))
         sha256 = file_sha256(video.path)
         return {"name": printable(video.name), "sha256": sha256, "first_frame": first}
 

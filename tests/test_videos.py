@@ -60,6 +60,36 @@ def test_windows_are_a_function_of_seed_epoch_and_clip_only(videos):
             assert [shown(clip) for clip in read] == [expected[key] for key in batch]
 
 
+def test_an_epoch_sees_a_long_video_part_by_part(make_mp4, prepare):
+    make_mp4("train/long.mp4", count=210)
+    make_mp4("train/short.mp4", count=40)
+    make_mp4("val/other.mp4", count=110)
+    videos, held_out = prepare(span=4)
+    # A part has at least sixteen clips' lengths; together they are the video.
+    assert [video.frames for video in videos if "long" in video.name] == [
+        *(range(0, 70), range(70, 140), range(140, 210))
+    ]
+    assert [video.part for video in held_out + videos[3:]] == [None, None]
+    clips = dataset(videos, num_frames=4, frame_stride=1)
+    for i, video in enumerate(videos):
+        drawn = [shown(clips[epoch, i].clip) for epoch in range(40)]
+        assert all(set(numbers) <= set(video.frames) for numbers in drawn)
+        assert len({numbers[0] for numbers in drawn}) > 15
+    central = dataset(videos, num_frames=4, frame_stride=1, random_window=False)
+    assert [shown(central[0, i].clip)[0] for i in range(4)] == [33, 103, 173, 18]
+
+
+def test_one_film_is_divided_in_time(make_mp4, prepare, tmp_path):
+    make_mp4("film.mp4", count=100)
+    train, val = prepare(val_ratio=0.2)
+    assert [video.frames.start for video in train + val] == [*range(0, 100, 10)]
+    assert len(val) == 2
+    cached = CachedFrames(train + val, 16, "rgb", tmp_path / "cache")
+    plain = DecodedFrames(16, "rgb")
+    assert torch.equal(cached.read(val[1], [91, 97]), plain.read(val[1], [91, 97]))
+    assert cached.shape[0] == 100  # the file is there once
+
+
 def test_validation_clips_show_one_fixed_central_window(videos):
     assert video_index.clip_span(5, 3) == 13 and video_index.clip_span(1, 9) == 1
     spans = (30, 29, 28, 8)
