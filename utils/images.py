@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.io import read_image
+from utils.io import as_rgb, read_image
 from utils.video_utils import FrameSize, resize_and_crop, to_float, to_gray
 
 Frames = Tensor | Sequence[Any]
@@ -37,7 +37,7 @@ def load_frames(frames: Sequence[Any], size: FrameSize, color_mode: str) -> Tens
     """Frames in time order, resized and centre-cropped as clips are.
 
     Args:
-        frames: K of them, each a path, a PIL image or an array uint8 [H,W] or [H,W,3].
+        frames: K of them, each a path, a PIL image or an array, see `as_rgb`.
 
     Returns: uint8 [1,C,K,H,W].
     Raises: ValueError: naming what is wrong with a frame.
@@ -51,12 +51,14 @@ def load_frames(frames: Sequence[Any], size: FrameSize, color_mode: str) -> Tens
 
 
 def load_frame(frame: Any) -> Tensor:
-    """A path, a PIL image or an array uint8 [H,W] or [H,W,3] as uint8 [3,H,W]."""
+    """A path, a PIL image or an array as `as_rgb` takes it, as uint8 [3,H,W]."""
     if isinstance(frame, (str, Path)):
         return read_image(frame)
-    pixels = np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
-        got = f"{pixels.dtype} {list(pixels.shape)}"
-        raise ValueError(f"a frame must be uint8 [H,W] or [H,W,3] (got {got})")
-    picture = torch.from_numpy(np.atleast_3d(pixels).copy()).permute(2, 0, 1)
-    return picture.expand(3, -1, -1)
+    if hasattr(frame, "convert"):
+        from PIL import ImageOps
+
+        # As a file of the same picture is read.
+        frame = ImageOps.exif_transpose(frame)
+        is_deep = frame.mode.startswith(("I", "F"))
+        frame = frame if is_deep else frame.convert("RGBA")
+    return as_rgb(np.asarray(frame))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,11 +57,26 @@ def read_image(path: str | Path) -> Tensor:
         reason = str(cause).partition("\n")[0] or type(cause).__name__
         raise ValueError(f"{path}: not a readable image ({reason})") from error
 
+    return as_rgb(pixels)
+
+
+def as_rgb(pixels: np.ndarray) -> Tensor:
+    """A picture as uint8 [3,H,W]: transparency is laid over white, 16 bits keep the upper 8.
+
+    Args:
+        pixels: gray [H,W] of 8 or 16 bits, or RGB or RGBA [H,W,3 or 4] of 8 bits.
+
+    Raises: ValueError: for another form.
+    """
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2 and pixels.ndim == 2:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.dtype != np.uint8 or (pixels.ndim != 2 and pixels.shape[2:] not in ((3,), (4,))):
+        got = f"{pixels.dtype} {list(pixels.shape)}"
+        raise ValueError(f"a frame must be uint8 [H,W], [H,W,3] or [H,W,4] (got {got})")
     if pixels.ndim == 2:
-        gray = torch.from_numpy((pixels >> 8).astype(np.uint8))
-        return gray.expand(3, -1, -1).contiguous()
+        return torch.from_numpy(pixels.copy()).expand(3, -1, -1).contiguous()
     rgb, alpha = np.split(pixels, [3], axis=2)
-    if alpha.min() < 255:
+    if alpha.min(initial=255) < 255:
         alpha = alpha.astype(np.uint16)
         rgb = ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     return torch.from_numpy(rgb.transpose(2, 0, 1).copy())
@@ -106,9 +122,12 @@ def save_png(path: str | Path, image: Tensor) -> None:
 
 
 def save_gif(path: str | Path, clip: Tensor, fps: float) -> None:
-    """Write a clip uint8 [C,T,H,W] as a looping GIF."""
+    """Write a clip uint8 [C,T,H,W] as a looping GIF of at most 50 frames per second."""
     frames = _frames_last(clip)
-    iio.imwrite(path, frames, plugin="pillow", extension=".gif", duration=1000 / fps, loop=0)
+    # Its unit is 0.01 s, and players take 0 and 1 for 10. Rounding does not add up.
+    ends = [round(100 * i / fps) for i in range(len(frames) + 1)]
+    duration = [10 * max(2, after - before) for before, after in pairwise(ends)]
+    iio.imwrite(path, frames, plugin="pillow", extension=".gif", duration=duration, loop=0)
 
 
 def save_mp4(
