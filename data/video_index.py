@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -49,15 +50,17 @@ class Video(NamedTuple):
         return self.part or range(self.info.frames)
 
 
-def find_videos(root: str | Path) -> list[Path]:
+def find_videos(root: str | Path, log: Log = lambda text: None) -> list[Path]:
     """Every video below a folder and its links: each file once, sorted; hidden ones are left out.
 
     A file's plain name stays, so that adding a link renames nothing; held-out names come first.
+    Other files are counted in a line of the log.
     """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"--data_root must be a folder (got {root})")
     found = []
+    others = Counter()
     visited = set()
     waiting = [root]
     while waiting:
@@ -71,9 +74,14 @@ def find_videos(root: str | Path) -> list[Path]:
             visited.add(real)
             paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
             found += [path for path in paths if path.suffix.lower() in FORMATS]
+            others.update(path.suffix for path in paths if path.suffix.lower() not in FORMATS)
             waiting += [
                 Path(folder, name) for name in subfolders if Path(folder, name).is_symlink()
             ]
+
+    if others:
+        kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in others.items())
+        log(f"note: files that are no videos are left out: {kinds}")
 
     def rank(path: Path) -> tuple[bool, bool]:
         is_held_out = split_of(path.relative_to(root)) in ("val", "test")
@@ -312,7 +320,7 @@ def prepare_videos(
     root = Path(data_root)
     index = VideoIndex(root, cache_dir, workers)
     assigned = index.assigned.setdefault(f"seed {seed}, span {span}", {})
-    paths = find_videos(root)
+    paths = find_videos(root, log)
     by_folder = {split: [] for split in (*SPLITS, None)}
     for path in paths:
         by_folder[split_of(path.relative_to(root))].append(path)

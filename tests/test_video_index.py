@@ -40,8 +40,10 @@ def test_every_mp4_is_found_once_through_links_and_loops(tmp_path):
     for name in ("c.mkv", "._c.mkv", ".trash/d.mp4", "e.txt", "f.webm"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).touch()
-    found = [path.relative_to(root).as_posix() for path in find_videos(root)]
+    lines = []
+    found = [path.relative_to(root).as_posix() for path in find_videos(root, lines.append)]
     assert found == ["b.mp4", "c.mkv", "deep/er/A.MP4", "f.webm", "link/far.Mp4"]
+    assert lines[0].endswith("left out: 2 .txt")
     with pytest.raises(ValueError, match="--data_root"):
         find_videos(root / "b.mp4")
 
