@@ -50,8 +50,14 @@ from utils.video_utils import as_pair, split_clip
 PREVIEW_CLIPS = 8
 OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T"
 
-# Predict and refine: a predictor is trained by plain regression, then diffusion learns what it
-# misses. LOG.md has how these values were found.
+# Of diffusion around a prediction, which both branches of guidance would see.
+REFINING = {
+    "cfg_drop_prob": 0.0,
+    "temporal_loss_weight": 0.0,
+    "vis_steps": 5,
+    "vis_guidance_scale": 1.0,
+}
+# A predictor is trained by regression, then diffusion learns what it misses; values from LOG.md.
 PRESETS = {
     "refine": {
         "both": {
@@ -64,9 +70,8 @@ PRESETS = {
             "max_steps": 4000,
         },
         "diffusion": {
+            **REFINING,
             "lr": 1e-3,
-            "vis_steps": 3,
-            "vis_guidance_scale": 1.0,
         },
     },
     # The same with a small network on 32x32 clips: some minutes of one CPU thread.
@@ -87,13 +92,12 @@ PRESETS = {
             "epochs": 34,
         },
         "diffusion": {
+            **REFINING,
             "base_channels": 24,
             "channel_mults": [1, 2],
             "res_blocks": 1,
             "temporal_attn_levels": [1],
             "epochs": 12,
-            "vis_steps": 3,
-            "vis_guidance_scale": 1.0,
         },
     },
 }
@@ -348,14 +352,7 @@ def train(start: Start) -> int:
                     val_loss = validate(objective, state.ema, loader, stop)
             stopped_by = distributed.all_reduce_max(stop.signal)
             if val_loss is not None:
-                entry = {
-                    "step": state.step,
-                    "epoch": math.ceil(state.data_step / state.epoch_steps),
-                    "train_loss": state.metrics.take_mean("epoch"),
-                    "val_loss": val_loss,
-                    **state.metrics.bad_steps(),
-                }
-                state.history["epochs"].append(entry)
+                entry = state.add_epoch(val_loss)
 
             # Save at the end of an epoch, when due, and before stopping.
             is_due = args.save_every > 0 and state.step % args.save_every == 0

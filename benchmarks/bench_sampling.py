@@ -50,8 +50,10 @@ class OriginalDenoiser(nn.Module):
         self.endpoint_context = model.endpoint_context
         self.image_channels = model.image_channels
 
-    def encode_contexts(self, start_context: Tensor, end_context: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave the contexts for `denoise`."""
+    def encode_contexts(
+        self, start_context: Tensor, end_context: Tensor, guide: None
+    ) -> tuple[Tensor, Tensor]:
+        """Leave the contexts for `denoise`; the original has no guide."""
         return start_context, end_context
 
     def denoise(self, x_t: Tensor, t: Tensor, contexts: tuple[Tensor, Tensor]) -> Tensor:

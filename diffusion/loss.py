@@ -6,6 +6,7 @@ Both take (model, start_context, middle, end_context, generator) and return a lo
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.noise import (
@@ -38,6 +39,7 @@ class DiffusionTask(NamedTuple):
     temporal_loss_weight: float = 0.0  # of the L1 on frame differences
     cfg_drop_prob: float = 0.0  # chance, per clip, that both contexts are zeroed
     part: tuple[int, int] = (0, 1)  # this process's number, and how many share a step's draws
+    crop: tuple[int, int] | None = None  # height and width that training sees; None = whole frames
 
 
 class TrainingNoise(NamedTuple):
@@ -49,15 +51,15 @@ class TrainingNoise(NamedTuple):
 
 
 def sample_training_noise(
-    middle: Tensor, generator: torch.Generator, task: DiffusionTask
+    x0: Tensor, generator: torch.Generator, task: DiffusionTask
 ) -> TrainingNoise:
-    """Draw indices, noise and dropped clips for a batch of the shape of `middle`, [B,C,M,H,W].
+    """Draw indices, noise and dropped clips for a batch of the shape of x0, [B,C,M,H,W].
 
     Several processes draw from equal generators for all their clips and keep a part each: what a
     single process would have drawn.
     """
     number, parts = task.part
-    b, c, m, h, w = middle.shape
+    b, c, m, h, w = x0.shape
     total = b * parts
     device = generator.device
     t = torch.randint(task.schedule.timesteps, (total,), generator=generator, device=device)
@@ -69,10 +71,40 @@ def sample_training_noise(
         eps += task.noise.offset * constant
     mine = slice(number * b, (number + 1) * b)
     return TrainingNoise(
-        t=t[mine].to(middle.device),
-        eps=eps[mine].to(middle.device),
-        dropped=dropped[mine].to(middle.device),
+        t=t[mine].to(x0.device),
+        eps=eps[mine].to(x0.device),
+        dropped=dropped[mine].to(x0.device),
     )
+
+
+def crop_where_unsure(
+    scale: Tensor, size: tuple[int, int], share: Tensor, clips: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """Cut one window out of each clip, drawn in proportion to the prediction's mean scale in it.
+
+    Most of a frame stands still and is predicted well: there is little to learn there.
+
+    Args:
+        scale: of the prediction, [B,1,M,H,W].
+        size: height and width of the windows; they begin at even rows and columns.
+        share: where in the cumulative distribution each window lies, uniform in [0, 1), [B].
+        clips: [B,...,H,W] each, all cut alike.
+    """
+    weights = F.avg_pool2d(scale.mean(2), size, stride=2)  # [B,1,rows,columns]
+    cumulative = weights.flatten(1).double().cumsum(1)
+    chosen = torch.searchsorted(cumulative, share[:, None].double() * cumulative[:, -1:])[:, 0]
+    chosen = chosen.clamp(max=cumulative.shape[1] - 1)
+    columns = weights.shape[-1]
+    # Without a copy to the host, which would wait for the device.
+    device = scale.device
+    top = 2 * (chosen // columns)
+    left = 2 * (chosen % columns)
+    rows = (top[:, None] + torch.arange(size[0], device=device))[:, :, None]  # [B,h,1]
+    columns = (left[:, None] + torch.arange(size[1], device=device))[:, None]  # [B,1,w]
+    batch = torch.arange(len(scale), device=device)[:, None, None]
+    return [
+        clip.permute(0, 3, 4, 1, 2)[batch, rows, columns].permute(0, 3, 4, 1, 2) for clip in clips
+    ]
 
 
 def drop_contexts(
@@ -99,10 +131,11 @@ def velocity_loss(
     t: Tensor,  # diffusion index per clip, [B] long
     eps: Tensor,  # noise, the shape of x0
     temporal_loss_weight: float = 0.0,
+    guide: Tensor | None = None,  # [B,G,M,H,W], for a model that was built for one
 ) -> Tensor:
     """MSE on v plus temporal_loss_weight * `temporal_l1`, [B], in float32 under any autocast."""
     x_t = schedule.add_noise(x0, eps, t)
-    v_hat = model(x_t, t, start_context, end_context).float()
+    v_hat = model(x_t, t, start_context, end_context, guide).float()
     v_mse = (v_hat - schedule.v_from(x0, eps, t)).square().flatten(1).mean(1)  # [B]
     motion = temporal_l1(schedule.x0_from_v(x_t, v_hat, t), x0)  # [B]
     return v_mse + temporal_loss_weight * motion
@@ -120,23 +153,35 @@ def diffusion_loss(
     """The denoiser's loss, at noise levels and noise drawn from the generator.
 
     Args:
-        model: (x_t, t, start_context, end_context) -> v.
+        model: (x_t, t, start_context, end_context, guide) -> v.
         start_context: [B,C,K,H,W] in [-1, 1], as `end_context`.
         middle: true frames, [B,C,M,H,W] in [-1, 1].
     """
     prediction = predict(task.predictor, start_context, end_context, middle.shape[2])
-    noise = sample_training_noise(middle, generator, task)
+    x0 = prediction.to_residual(middle)
+    guide = prediction.guide
+    if task.crop is not None:
+        number, parts = task.part
+        b = len(middle)
+        share = torch.rand(b * parts, generator=generator, device=generator.device)
+        share = share[number * b : (number + 1) * b].to(middle.device)
+        whole = (start_context, end_context, x0, guide)
+        start_context, end_context, x0, guide = crop_where_unsure(
+            prediction.scale, task.crop, share, whole
+        )
+    noise = sample_training_noise(x0, generator, task)
     # The network loses the contexts of dropped clips; the prediction that it refines keeps them.
     start, end = drop_contexts(start_context, end_context, noise.dropped)
     return velocity_loss(
         model=model,
         schedule=task.schedule,
         start_context=start,
-        x0=prediction.to_residual(middle),
+        x0=x0,
         end_context=end,
         t=noise.t,
         eps=noise.eps,
         temporal_loss_weight=task.temporal_loss_weight,
+        guide=guide,
     )
 
 
@@ -151,11 +196,11 @@ def predictor_loss(
 
     The expected error is learned as the width of a Laplace distribution, by its likelihood of the
     error. The loss is 0 for exact frames that are expected to be exact, and never negative.
-    `model` is (start_context, end_context, M) -> (frames, log_error), as FramePredictor.
+    `model` is (start_context, end_context, M) -> Guess, as FramePredictor.
 
     Source: the likelihood is that of Kendall & Gal 2017, arXiv:1703.04977, section 3.
     """
-    frames, log_error = model(start_context, end_context, middle.shape[2])
+    frames, log_error, _ = model(start_context, end_context, middle.shape[2])
     error = frames - middle
     absolute = error.abs().mean(1, keepdim=True)  # [B,1,M,H,W]
     squared = error.square().mean(1, keepdim=True)
@@ -204,6 +249,7 @@ def diffusion_validation_losses(
             t=t.to(middle.device),
             eps=eps,
             temporal_loss_weight=task.temporal_loss_weight,
+            guide=prediction.guide,
         )
         losses.append(loss)
     return torch.cat(losses)

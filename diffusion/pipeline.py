@@ -154,6 +154,7 @@ class MiddleFramePipeline:
                 start,
                 end,
                 num_middle=num_middle,
+                guide=prediction.guide,
                 clip_x0=clip_x0,
                 x0_range=prediction.residual_range,
                 dynamic_threshold=dynamic_threshold,

@@ -23,6 +23,8 @@ RESIDUAL_LIMIT = 4.0
 # Of the noise that is added to residuals, which have about this correlation between neighbouring
 # pixels, frames and colours: samples then err in patches instead of speckle (LOG.md).
 RESIDUAL_CORRELATION = 0.5
+# Brings the logarithm of an error to the range of the other maps.
+LOG_ERROR_SCALE = 0.25
 
 
 class Prediction(NamedTuple):
@@ -32,11 +34,14 @@ class Prediction(NamedTuple):
         frames: [B,C,M,H,W] in [-1, 1].
         scale: above 0, [B,1,M,H,W].
         limit: of residuals, in scales.
+        guide: what the model is to see of it, [B,3*C+1,M,H,W]: the frames, both warped ends and
+            the expected error.
     """
 
     frames: Tensor | float = 0.0
     scale: Tensor | float = 1.0
     limit: float = math.inf
+    guide: Tensor | None = None
 
     def to_residual(self, middle: Tensor) -> Tensor:
         """What the guess misses of middle frames [B,C,M,H,W], in scales, cut at the limit."""
@@ -66,9 +71,16 @@ def predict(
     """
     if predictor is None:
         return Prediction()
-    frames, log_error = predictor(start_context, end_context, num_middle)
+    guess = predictor(start_context, end_context, num_middle)
+    frames = guess.frames.clamp(-1, 1)
     return Prediction(
-        frames=frames.clamp(-1, 1),
-        scale=ERRORS_PER_SCALE * log_error.exp(),
+        frames=frames,
+        scale=ERRORS_PER_SCALE * guess.log_error.exp(),
         limit=RESIDUAL_LIMIT,
+        guide=torch.cat([frames, guess.warped, LOG_ERROR_SCALE * guess.log_error], dim=1),
     )
+
+
+def guide_channels(image_channels: int) -> int:
+    """Maps of each frame in a prediction's guide."""
+    return 3 * image_channels + 1

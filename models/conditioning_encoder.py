@@ -9,12 +9,12 @@ from models.modules.layers import ConvNormAct
 
 
 class ContextFeatures(NamedTuple):
-    """Fused features of both contexts, and the two observed frames nearest to the middle."""
+    """Fused features of both contexts, and what the network sees beside every noisy frame."""
 
     stem: Tensor  # [B,C,H,W]
     levels: list[Tensor]  # one per U-Net level i, [B,L[i],H/2^i,W/2^i]
     bottleneck: Tensor  # [B,L[-1],H/2^n,W/2^n] for n levels
-    nearest: Tensor  # last start frame and first end frame, [B,2*C_img,H,W]
+    guide: Tensor  # [B,G,M,H,W]; by itself the two nearest observed frames, [B,2*C_img,1,H,W]
 
 
 class ContextEncoder(nn.Module):
@@ -56,8 +56,10 @@ class EndpointEncoder(nn.Module):
         fused = [base_channels, *widths, widths[-1]]
         self.fuse = nn.ModuleList(ConvNormAct(2 * width, width, kernel_size=1) for width in fused)
 
-    def forward(self, start_context: Tensor, end_context: Tensor) -> ContextFeatures:
-        """Encode and fuse two contexts, [B,C_img,K,H,W] each."""
+    def forward(
+        self, start_context: Tensor, end_context: Tensor, guide: Tensor | None = None
+    ) -> ContextFeatures:
+        """Encode and fuse two contexts, [B,C_img,K,H,W] each; a guide is passed on as it is."""
         # The K frames of a context become channels, [B,C_img*K,H,W].
         start_maps = self.encoder(start_context.flatten(1, 2))
         end_maps = self.encoder(end_context.flatten(1, 2))
@@ -65,7 +67,6 @@ class EndpointEncoder(nn.Module):
             fuse(torch.cat([start, end], dim=1))
             for fuse, start, end in zip(self.fuse, start_maps, end_maps, strict=True)
         ]
-        nearest = torch.cat([start_context[:, :, -1], end_context[:, :, 0]], dim=1)
-        return ContextFeatures(
-            stem=fused[0], levels=fused[1:-1], bottleneck=fused[-1], nearest=nearest
-        )
+        if guide is None:
+            guide = torch.cat([start_context[:, :, -1:], end_context[:, :, :1]], dim=1)
+        return ContextFeatures(stem=fused[0], levels=fused[1:-1], bottleneck=fused[-1], guide=guide)

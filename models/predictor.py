@@ -1,6 +1,7 @@
 """The initial predictor: guesses the middle from both ends, for a diffusion model to refine."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,16 @@ NORM_GROUPS = 4
 # Of the natural logarithm of the expected error: from 0.1 grey levels to half the range.
 LOG_ERROR_RANGE = (-7.0, 0.0)
 FIRST_LOG_ERROR = -3.0
+
+
+class Guess(NamedTuple):
+    """What the predictor makes of a gap."""
+
+    frames: Tensor  # the middle, [B,C,M,H,W] in about [-1, 1]
+    log_error: Tensor  # natural log of its expected absolute error, [B,1,M,H,W] in LOG_ERROR_RANGE
+    warped: (
+        Tensor  # the last start frame and the first end frame, moved to each time, [B,2*C,M,H,W]
+    )
 
 
 class FramePredictor(nn.Module):
@@ -60,18 +71,13 @@ class FramePredictor(nn.Module):
         # Two displacements (x, y), a mask, an expected error, a correction of each channel.
         self.out = zero_module(nn.Conv2d(width, 6 + image_channels, 3, padding=1))
 
-    def forward(
-        self, start_context: Tensor, end_context: Tensor, num_middle: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, start_context: Tensor, end_context: Tensor, num_middle: int) -> Guess:
         """Predict the middle frames and how far off each pixel is expected to be.
 
         Args:
             start_context: [B,C,K,H,W] in [-1, 1], sides of 8 pixels or more.
             end_context: the same shape.
             num_middle: frames M to predict.
-
-        Returns: frames [B,C,M,H,W] in about [-1, 1], and the natural logarithm of their expected
-            absolute error, [B,1,M,H,W] in LOG_ERROR_RANGE.
         """
         b = len(start_context)
         observed = torch.cat([start_context, end_context], dim=2).flatten(1, 2)  # [B,2*K*C,H,W]
@@ -95,13 +101,14 @@ class FramePredictor(nn.Module):
         end = end_context[:, :, 0].float().repeat_interleave(num_middle, dim=0)
         cross_fade = torch.logit(times).repeat(b)[:, None, None, None]
         weight = torch.sigmoid(mask + cross_fade)
-        frames = torch.lerp(warp(start, to_start), warp(end, to_end), weight) + correction
+        start = warp(start, to_start)
+        end = warp(end, to_end)
+        frames = torch.lerp(start, end, weight) + correction
         log_error = (log_error + FIRST_LOG_ERROR).clamp(*LOG_ERROR_RANGE)
 
         # From [B*M,...] to [B,...,M,H,W].
-        frames = frames.unflatten(0, (b, num_middle)).transpose(1, 2)
-        log_error = log_error.unflatten(0, (b, num_middle)).transpose(1, 2)
-        return frames, log_error
+        maps = (frames, log_error, torch.cat([start, end], dim=1))
+        return Guess(*(x.unflatten(0, (b, num_middle)).transpose(1, 2) for x in maps))
 
     def encode(self, x: Tensor) -> Tensor:
         """The U-Net: observed frames as channels [B,2*K*C,H,W] -> [B,width,H,W]."""

@@ -53,6 +53,8 @@ class VideoUNet3D(nn.Module):
         res_blocks: residual blocks per level and direction.
         temporal_attn_levels: levels with temporal attention; the bottleneck always has it.
         endpoint_context: observed frames K at each end.
+        guide_channels: maps of each middle frame that come beside it; 0 = the last start frame and
+            the first end frame stand in for them.
 
     Raises: ValueError: as `check_architecture`.
     """
@@ -65,6 +67,7 @@ class VideoUNet3D(nn.Module):
         res_blocks: int = 2,
         temporal_attn_levels: Sequence[int] = (1, 2),
         endpoint_context: int = 2,
+        guide_channels: int = 0,
     ):
         super().__init__()
         check_architecture(base_channels, channel_mults, res_blocks, temporal_attn_levels)
@@ -79,7 +82,7 @@ class VideoUNet3D(nn.Module):
             nn.Linear(c, time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels)
         )
         self.endpoint_encoder = EndpointEncoder(image_channels, endpoint_context, c, widths)
-        self.stem = FrameConv3d(3 * image_channels, c)  # of x_t and the two nearest frames
+        self.stem = FrameConv3d(image_channels + (guide_channels or 2 * image_channels), c)
         self.stem_film = FiLM(c, c)
 
         self.down_films = nn.ModuleList()
@@ -115,16 +118,26 @@ class VideoUNet3D(nn.Module):
         """Height and width must be multiples of this, as every level halves them."""
         return 2 ** len(self.down_levels)
 
-    def forward(self, x_t: Tensor, t: Tensor, start_context: Tensor, end_context: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        start_context: Tensor,
+        end_context: Tensor,
+        guide: Tensor | None = None,
+    ) -> Tensor:
         """`encode_contexts`, then `denoise`: what training calls."""
-        return self.denoise(x_t, t, self.encode_contexts(start_context, end_context))
+        return self.denoise(x_t, t, self.encode_contexts(start_context, end_context, guide))
 
-    def encode_contexts(self, start_context: Tensor, end_context: Tensor) -> ContextFeatures:
+    def encode_contexts(
+        self, start_context: Tensor, end_context: Tensor, guide: Tensor | None = None
+    ) -> ContextFeatures:
         """Features of both contexts, the same at every sampler step.
 
         Args:
             start_context: [B,C_img,K,H,W] in [-1, 1]; zeros for the unconditional branch.
             end_context: the same shape.
+            guide: [B,guide_channels,M,H,W]; None for a network without.
 
         Raises: ValueError: for another shape than the network was built for.
         """
@@ -135,7 +148,7 @@ class VideoUNet3D(nn.Module):
                 rule = f"[B,{expected[0]},{expected[1]},H,W], both of one shape"
                 raise ValueError(f"{name} must be {rule} (got {shape})")
         check_size(start_context.shape[-2:], self.size_multiple)
-        return self.endpoint_encoder(start_context, end_context)
+        return self.endpoint_encoder(start_context, end_context, guide)
 
     def denoise(self, x_t: Tensor, t: Tensor, features: ContextFeatures) -> Tensor:
         """The velocity of noisy middle frames.
@@ -150,8 +163,8 @@ class VideoUNet3D(nn.Module):
         m = x_t.shape[2]
         embedding = sinusoidal_embedding(t, self.base_channels).to(x_t.dtype)
         time_embedding = self.time_mlp(embedding)  # [B,4C]
-        nearest = features.nearest.unsqueeze(2).expand(-1, -1, m, -1, -1)  # [B,2*C_img,M,H,W]
-        x = self.stem(torch.cat([x_t, nearest], dim=1))  # [B,C,M,H,W]
+        guide = features.guide.expand(-1, -1, m, -1, -1)  # [B,G,M,H,W]
+        x = self.stem(torch.cat([x_t, guide], dim=1))  # [B,C,M,H,W]
         x = self.stem_film(x, features.stem)
 
         skips = []

@@ -31,7 +31,7 @@ def stored_network(network, config, seed=0):
 def make_state():
     """What a run of the smallest network would save."""
     return {
-        "format": 2,
+        "format": 3,
         "step": 3,
         "model": stored_network(VideoUNet3D, SMALLEST, seed=1)["weights"],
         "ema": stored_network(VideoUNet3D, SMALLEST, seed=2)["weights"],
@@ -148,7 +148,7 @@ def test_foreign_files_are_refused_and_nothing_in_them_is_run(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.pkl", pickle.dumps({"format": 2}))
     refused(path)
-    formats = [with_value(make_state(), "format", value) for value in (1, 3, None, "2")]
+    formats = [with_value(make_state(), "format", value) for value in (2, 4, None, "3")]
     bomb = {**make_state(), "more": Bomb()}
     for foreign in (7, [1, 2], {}, {"format": 2}, *formats, bomb):
         torch.save(foreign, path)

@@ -10,6 +10,7 @@ from data.training_clips import crop_to_length
 from diffusion import noise
 from diffusion.loss import (
     DiffusionTask,
+    crop_where_unsure,
     diffusion_loss,
     diffusion_validation_losses,
     predictor_loss,
@@ -18,6 +19,7 @@ from diffusion.loss import (
 )
 from diffusion.noise import NoiseConfig, correlated, generator_for, sample_noise
 from diffusion.schedule import DiffusionSchedule
+from models.predictor import Guess
 
 SCHEDULE = DiffusionSchedule()
 PLAIN = DiffusionTask(SCHEDULE)
@@ -37,22 +39,22 @@ class Recorder(torch.nn.Module):
 
     def forward(self, *given):
         self.given = given
-        x_t, _, start, end = given
+        x_t, _, start, end = given[:4]
         v = 0.3 * x_t + (start[:, :, :1] - 2 * end[:, :, :1]).mean((3, 4), keepdim=True)
         return v.bfloat16()
 
 
-class Guess(torch.nn.Module):
+class Overconfident(torch.nn.Module):
     """A predictor that is sure, and often wrong; it remembers its contexts."""
 
     def forward(self, start, end, num_middle):
         self.given = (start, end)
         frames = 2 * (start[:, :, -1:] - end[:, :, :1]).expand(-1, -1, num_middle, -1, -1)
-        return frames, frames[:, :1] - 1
+        return Guess(frames, frames[:, :1] - 1, torch.cat([frames, -frames], dim=1))
 
     def residual(self, start, middle, end):
         """(middle - prediction) / (2 expected errors), cut at 4."""
-        frames, log_error = self(start, end, middle.shape[2])
+        frames, log_error, _ = self(start, end, middle.shape[2])
         missed = (middle - frames.clamp(-1, 1)) / (2 * log_error.exp())
         assert missed.abs().max() > 4
         return missed.clamp(-4, 4)
@@ -66,7 +68,7 @@ def test_the_loss_is_v_mse_plus_the_weighted_l1_of_frame_differences(m):
     losses = velocity_loss(Recorder(), SCHEDULE, start, x0, end, t, eps, 0.05)
     assert losses.dtype == torch.float32
     x_t = SCHEDULE.add_noise(x0, eps, t)
-    v_hat = Recorder()(x_t, t, start, end).float()
+    v_hat = Recorder()(x_t, t, start, end, None).float()
     v_error = v_hat - SCHEDULE.v_from(x0, eps, t)
     x0_error = SCHEDULE.x0_from_v(x_t, v_hat, t) - x0
     for i in range(3):
@@ -74,19 +76,22 @@ def test_the_loss_is_v_mse_plus_the_weighted_l1_of_frame_differences(m):
         torch.testing.assert_close(losses[i], v_error[i].square().mean() + 0.05 * motion)
 
 
-@pytest.mark.parametrize("predictor", [None, Guess()])
+@pytest.mark.parametrize("predictor", [None, Overconfident()])
 def test_the_network_loses_dropped_contexts_and_the_predictor_keeps_them(predictor):
     start, middle, end = batch(b=6)
     task = DiffusionTask(SCHEDULE, NoiseConfig(0.1, 0.5), predictor, 0.05, cfg_drop_prob=0.5)
     model = Recorder()
     losses = diffusion_loss(model, start, middle, end, generator(1), task=task)
-    x_t, t, seen_start, seen_end = model.given
+    x_t, t, seen_start, seen_end, guide = model.given
     drawn = sample_training_noise(middle, generator(1), task)
     x0 = middle
     if predictor is not None:
         assert torch.equal(predictor.given[0], start)
         assert torch.equal(predictor.given[1], end)
         x0 = predictor.residual(start, middle, end)
+        frames, log_error, warped = predictor(start, end, 4)
+        seen = torch.cat([frames.clamp(-1, 1), warped, log_error / 4], dim=1)
+        torch.testing.assert_close(guide, seen)
     assert torch.equal(t, drawn.t)
     torch.testing.assert_close(x_t, SCHEDULE.add_noise(x0, drawn.eps, t))
     assert 0 < drawn.dropped.sum() < 6
@@ -97,11 +102,52 @@ def test_the_network_loses_dropped_contexts_and_the_predictor_keeps_them(predict
     torch.testing.assert_close(losses, velocity_loss(model, SCHEDULE, *given, 0.05))
 
 
+def test_windows_are_cut_out_of_all_alike_in_proportion_to_the_expected_error():
+    scale = torch.rand(1, 1, 4, 12, 16, generator=generator(0))
+    scale[..., :6, :] *= 9
+    # Rows and columns as pictures, so that a window tells its place.
+    rows, columns = torch.meshgrid(torch.arange(12.0), torch.arange(16.0), indexing="ij")
+    share = (torch.arange(2000) + 0.5) / 2000
+    many = [part.expand(2000, 1, 1, 12, 16) for part in (rows, columns)]
+    cut_rows, cut_columns = crop_where_unsure(
+        scale.expand(2000, -1, -1, -1, -1), (6, 8), share, tuple(many)
+    )
+    assert cut_rows.shape == (2000, 1, 1, 6, 8)
+    top, left = cut_rows[:, 0, 0, 0, 0], cut_columns[:, 0, 0, 0, 0]
+    assert torch.equal(
+        cut_rows[:, 0, 0], (top[:, None] + torch.arange(6.0))[..., None].expand(-1, -1, 8)
+    )
+    assert torch.equal(
+        cut_columns[:, 0, 0], (left[:, None] + torch.arange(8.0))[:, None].expand(-1, 6, -1)
+    )
+    places = [(y, x) for y in range(0, 7, 2) for x in range(0, 9, 2)]
+    means = torch.stack([scale[..., y : y + 6, x : x + 8].mean() for y, x in places])
+    seen = Counter(zip(top.tolist(), left.tolist(), strict=True))
+    counts = torch.tensor([float(seen[place]) for place in places])
+    # Evenly spread shares meet every place within one of its expectation.
+    assert (counts - 2000 * means / means.sum()).abs().max() <= 1.01
+
+
+def test_refining_learns_on_windows_and_processes_share_their_draw():
+    start, middle, end = batch(b=4)
+    task = DiffusionTask(SCHEDULE, NoiseConfig(0.0, 0.5), Overconfident(), crop=(4, 4))
+    whole = Recorder()
+    losses = diffusion_loss(whole, start, middle, end, generator(1), task=task)
+    assert [tuple(part.shape[-2:]) for part in whole.given if part.dim() == 5] == [(4, 4)] * 4
+    parts = []
+    for number in range(2):
+        mine = slice(2 * number, 2 * number + 2)
+        ends = (start[mine], middle[mine], end[mine])
+        share = task._replace(part=(number, 2))
+        parts.append(diffusion_loss(Recorder(), *ends, generator(1), task=share))
+    torch.testing.assert_close(torch.cat(parts), losses)
+
+
 def test_the_expected_error_is_learned_as_the_width_of_a_laplace_distribution():
     middle = batch()[1]
     frames = (middle + 0.2).requires_grad_()
     log_error = torch.zeros(3, 1, 4, 8, 8, requires_grad=True)
-    loss = predictor_loss(lambda *given: (frames, log_error), None, middle, None)
+    loss = predictor_loss(lambda *given: (frames, log_error, None), None, middle, None)
     # |error| + 2 error^2 + 0.1 (|error| / width + log width + 7)
     torch.testing.assert_close(loss, torch.full((3,), 0.2 + 2 * 0.04 + 0.1 * (0.2 + 7)))
     loss.sum().backward()
@@ -112,10 +158,12 @@ def test_the_expected_error_is_learned_as_the_width_of_a_laplace_distribution():
     torch.testing.assert_close(log_error.grad, of_error)
     # The best is its logarithm; the loss of an exact prediction, known to be exact, is 0.
     best = torch.full_like(log_error, math.log(0.2)).requires_grad_()
-    predictor_loss(lambda *given: (frames.detach(), best), None, middle, None).sum().backward()
+    predictor_loss(
+        lambda *given: (frames.detach(), best, None), None, middle, None
+    ).sum().backward()
     assert best.grad.abs().max() < 1e-6
     lowest = torch.full_like(log_error, -7.0)
-    assert predictor_loss(lambda *given: (middle, lowest), None, middle, None).eq(0).all()
+    assert predictor_loss(lambda *given: (middle, lowest, None), None, middle, None).eq(0).all()
 
 
 def test_correlated_noise_has_the_covariance_that_it_claims():
@@ -175,7 +223,7 @@ def test_several_processes_draw_what_one_would():
 def test_validation_gives_each_pair_of_clip_and_draw_its_own_noise_level_and_noise(count, draws):
     clips = batch(b=count)
     config = NoiseConfig(offset=0.1, correlation=0.5)
-    guess = Guess()
+    guess = Overconfident()
     task = DiffusionTask(SCHEDULE, config, guess, 0.05, cfg_drop_prob=1.0)
     for first in range(0, count, 32):
         numbers = range(first, min(first + 32, count))

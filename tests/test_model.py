@@ -85,12 +85,24 @@ def test_clips_of_a_batch_do_not_see_each_other_and_their_features_serve_every_t
         assert (later - single).abs().max() > 1e-3
 
 
+def test_a_guide_stands_beside_each_noisy_frame_in_place_of_the_nearest_frames():
+    x_t, t, start, end = inputs()
+    nearest = torch.cat([start[:, :, 1:], end[:, :, :1]], dim=1).expand(-1, -1, 4, -1, -1)
+    guided = tiny(guide_channels=6)
+    guided.load_state_dict(tiny().state_dict())
+    close(guided(x_t, t, start, end, nearest), tiny()(x_t, t, start, end))
+    other = nearest.clone()
+    other[:, :, 2] += 1
+    change = (guided(x_t, t, start, end, other) - guided(x_t, t, start, end, nearest)).abs()
+    assert change.mean((0, 1, 3, 4)).argmax() == 2
+
+
 def test_features_fuse_start_then_end_and_keep_the_frames_next_to_the_middle():
     model = tiny()
     _, _, start, end = inputs()
     features = model.encode_contexts(start, end)
-    nearest = torch.cat([start[:, :, 1], end[:, :, 0]], dim=1)
-    assert torch.equal(features.nearest, nearest)
+    nearest = torch.cat([start[:, :, 1:], end[:, :, :1]], dim=1)
+    assert torch.equal(features.guide, nearest)
 
     # Every map is the fusion of both ends' maps.
     encoder = model.endpoint_encoder

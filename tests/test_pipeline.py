@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_checkpoint import make_state, same, stored_network, with_value
+from test_checkpoint import SMALLEST, make_state, same, stored_network, with_value
 from test_refining import contexts
 
 from diffusion.noise import SAMPLE, NoiseConfig, generator_for
@@ -13,6 +13,7 @@ from diffusion.pipeline import MiddleFramePipeline
 from diffusion.sampler import sample_middle
 from diffusion.schedule import DiffusionSchedule
 from models.predictor import FramePredictor
+from models.video_unet3d import VideoUNet3D
 from utils.checkpoint import save_checkpoint
 from utils.io import read_image
 from utils.video_utils import resize_and_crop, to_float
@@ -24,7 +25,7 @@ REFERENCE = {
     "guidance_interval": (0.0, 1.0),
     "eta": 0.0,
 }
-REFINING = {**REFERENCE, "steps": 3, "spacing": "quadratic", "guidance_scale": 1.0}
+REFINING = {**REFERENCE, "steps": 5, "spacing": "quadratic", "guidance_scale": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,8 @@ def saved(tmp_path_factory):
     plain = with_value(plain, "diffusion_config.schedule", "linear")
     refining = with_value(plain, "diffusion_config.noise_correlation", 0.5)
     refining["predictor"] = predictor
+    refining["model_config"] = {**SMALLEST, "guide_channels": 10}
+    refining["ema"] = stored_network(VideoUNet3D, refining["model_config"], seed=2)["weights"]
     own = with_value(plain, "args.train", "predictor")
     own["model_config"] = predictor["config"]
     own["ema"] = predictor["weights"]
@@ -78,7 +81,7 @@ def test_a_refining_checkpoint_adds_residuals_to_its_prediction(pipes, guidance_
     pipe = pipes["refining"]
     start, end = contexts(1)
     # Guidance keeps contexts from the denoiser, never from the predictor.
-    frames, log_error = pipe.predictor(start, end, 4)
+    frames, log_error, warped = pipe.predictor(start, end, 4)
     frames = frames.clamp(-1, 1)
     scale = 2 * log_error.exp()
     change = {"guidance_scale": guidance_scale, "clip_x0": clip_x0}
@@ -86,6 +89,7 @@ def test_a_refining_checkpoint_adds_residuals_to_its_prediction(pipes, guidance_
         **REFINING,
         **change,
         "num_middle": 4,
+        "guide": torch.cat([frames, warped, log_error / 4], dim=1),
         "x0_range": ((-1 - frames) / scale, (1 - frames) / scale),
         "noise": NoiseConfig(offset=0.1, correlation=0.5),
         "generator": generators(1),

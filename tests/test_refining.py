@@ -7,8 +7,8 @@ import torch
 from test_model import close, shaken
 
 from diffusion.noise import generator_for
-from diffusion.residual import Prediction, predict
-from models.predictor import FramePredictor, warp
+from diffusion.residual import Prediction, guide_channels, predict
+from models.predictor import FramePredictor, Guess, warp
 from utils.video_utils import cross_fade
 
 
@@ -46,13 +46,16 @@ def test_a_prediction_is_clipped_and_its_scale_is_twice_the_expected_error():
 
     def predictor(*given):
         assert given == (*ends, 4)
-        return frames, log_error
+        return Guess(frames, log_error, torch.cat([frames, frames], dim=1))
 
     prediction = predict(predictor, *ends, 4)
     assert torch.equal(prediction.frames, frames.clamp(-1, 1))
     close(prediction.scale, 2 * log_error.exp().detach())
     assert prediction.limit == 4
     assert not prediction.scale.requires_grad
+    seen = torch.cat([frames.clamp(-1, 1), frames, frames, log_error / 4], dim=1)
+    assert torch.equal(prediction.guide, seen)
+    assert prediction.guide.shape[1] == guide_channels(3)
 
 
 def test_a_warp_samples_each_pixel_at_its_place_plus_its_displacement():
@@ -73,7 +76,7 @@ def test_a_warp_samples_each_pixel_at_its_place_plus_its_displacement():
 def test_an_untrained_predictor_is_the_cross_fade_whatever_autocast_rounds():
     start, end = contexts(size=40)
     with torch.autocast("cpu", torch.bfloat16):
-        frames, log_error = FramePredictor(width=8)(start, end, 4)
+        frames, log_error, _ = FramePredictor(width=8)(start, end, 4)
     # A sigmoid of a logit, and a bilinear sample at a pixel's own place.
     torch.testing.assert_close(frames, cross_fade(start, end, 4), rtol=0, atol=3e-5)
     assert torch.equal(log_error, torch.full((2, 1, 4, 40, 40), -3.0))
@@ -85,13 +88,14 @@ def test_frames_are_both_warps_blended_by_time_and_mask_and_corrected():
     # Displacements to the start and to the end, mask, expected error, corrections.
     outputs = torch.tensor([3.0, -1.0, -2.0, 4.0, 0.7, 9.0, 0.1, 0.2, 0.3])
     predictor.out.bias.data = outputs
-    frames, log_error = predictor(start, end, 3)
+    frames, log_error, warped = predictor(start, end, 3)
     from_start = warp(start[:, :, -1], outputs[:2].view(1, 2, 1, 1).expand(2, 2, 8, 8))
     from_end = warp(end[:, :, 0], outputs[2:4].view(1, 2, 1, 1).expand(2, 2, 8, 8))
     for i, time in enumerate((0.25, 0.5, 0.75)):
         odds = time / (1 - time) * math.exp(0.7)
         blend = (from_start + odds * from_end) / (1 + odds)
         close(frames[:, :, i], blend + outputs[6:].view(3, 1, 1))
+    close(warped, torch.cat([from_start, from_end], dim=1)[:, :, None].expand_as(warped))
     assert log_error.eq(0).all()  # the highest
     predictor.out.bias.data = -outputs
     assert predictor(start, end, 3)[1].eq(-7).all()  # the lowest
@@ -112,11 +116,11 @@ def test_each_frame_is_modulated_by_its_own_time():
 def test_a_predictor_takes_any_number_of_frames_and_every_weight_of_it_learns(c, k, size):
     predictor = shaken(FramePredictor(c, k, width=8))
     start, end = contexts(c=c, k=k, size=size)
-    frames, log_error = predictor(start, end, 5)
+    frames, log_error, warped = predictor(start, end, 5)
     assert frames.shape == (2, c, 5, size, size)
     (frames.square().mean() + log_error.mean()).backward()
     for name, weight in predictor.named_parameters():
         assert weight.grad.any(), name
     # Clips of a batch do not see each other.
     single = predictor(start[1:], end[1:], 5)
-    close(single, (frames[1:], log_error[1:]))
+    close(tuple(single), (frames[1:], log_error[1:], warped[1:]))

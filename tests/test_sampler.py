@@ -28,9 +28,10 @@ class SmallModel:
         self.encoded = 0
         self.forwards = []
 
-    def encode_contexts(self, start_context, end_context):
+    def encode_contexts(self, start_context, end_context, guide=None):
         self.encoded += 1
-        return start_context.mean((2, 3, 4)) - 0.5 * end_context.mean((2, 3, 4))  # [B,C]
+        features = start_context.mean((2, 3, 4)) - 0.5 * end_context.mean((2, 3, 4))  # [B,C]
+        return features if guide is None else features + guide.mean((2, 3, 4))
 
     def denoise(self, x_t, t, features):
         self.forwards.append(len(x_t))
@@ -152,17 +153,20 @@ def test_a_clip_does_not_depend_on_its_batch():
 def test_guidance_extrapolates_from_zero_contexts_in_its_interval(scale, interval, branches):
     model = SmallModel()
     guidance = {"guidance_scale": scale, "guidance_interval": interval}
-    _, states = sample(model, **guidance)
+    guide = torch.randn(2, 3, 2, 8, 8, generator=generators(7)[0])
+    _, states = sample(model, guide=guide, **guidance)
     assert model.encoded == len(set(branches))
     assert model.forwards == [2 * number for number in branches]  # of two clips
     settings = {"steps": 5, "spacing": "linspace", **guidance}
     assert forwards_per_clip(1000, settings) == sum(branches)
     assert forwards_per_clip(1000, {**settings, "steps": 0}) == 0
 
-    cond = model.encode_contexts(*contexts())
+    # Both branches see the guide.
+    cond = model.encode_contexts(*contexts(), guide)
+    uncond = model.encode_contexts(*map(torch.zeros_like, contexts()), guide)
     for state, number in zip(states, branches, strict=True):
         v_cond = model.denoise(state["x_t"], state["t"], cond)
-        v_uncond = model.denoise(state["x_t"], state["t"], torch.zeros_like(cond))
+        v_uncond = model.denoise(state["x_t"], state["t"], uncond)
         assert (v_cond - v_uncond).abs().max() > 0.01
         weight = scale if number == 2 or scale == 0 else 1
         torch.testing.assert_close(state["v"], v_uncond + weight * (v_cond - v_uncond))

@@ -19,7 +19,7 @@ from diffusion.loss import (
 )
 from diffusion.noise import INIT, NoiseConfig, generator_for
 from diffusion.pipeline import MiddleFramePipeline, load_network
-from diffusion.residual import RESIDUAL_CORRELATION
+from diffusion.residual import RESIDUAL_CORRELATION, guide_channels
 from diffusion.schedule import DiffusionSchedule
 from models.modules.layers import use_fast_layout
 from models.predictor import FramePredictor
@@ -46,7 +46,15 @@ def describe_network(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.train == "predictor":
         return {**config, "any_length": isinstance(args.num_frames, list)}
+    if args.predictor:
+        config["guide_channels"] = guide_channels(config["image_channels"])
     return {**config, **{name: getattr(args, name) for name in MODEL_FLAGS}}
+
+
+def crop_size(size: int | list[int], multiple: int) -> tuple[int, int]:
+    """Height and width of the windows on which refining is trained: half the sides, rounded up."""
+    height, width = (-(-side // (2 * multiple)) * multiple for side in as_pair(size))
+    return height, width
 
 
 def describe_clips(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,6 +102,7 @@ def pick_objective(
         temporal_loss_weight=args.temporal_loss_weight,
         cfg_drop_prob=args.cfg_drop_prob,
         part=(rank(), world_size()),
+        crop=crop_size(args.size, ema.size_multiple) if frozen else None,
     )
     pipe = partial(
         MiddleFramePipeline,

@@ -63,6 +63,18 @@ class TrainingState:
         epochs = self.history["epochs"]
         return bool(epochs) and epochs[-1]["step"] == self.step
 
+    def add_epoch(self, val_loss: float) -> dict[str, Any]:
+        """Put the losses of the epoch that ends into the history, and return that entry of it."""
+        entry = {
+            "step": self.step,
+            "epoch": math.ceil(self.data_step / self.epoch_steps),
+            "train_loss": self.metrics.take_mean("epoch"),
+            "val_loss": val_loss,
+            **self.metrics.bad_steps(),
+        }
+        self.history["epochs"].append(entry)
+        return entry
+
     def plan_steps(self, args: argparse.Namespace) -> None:
         """Decide how far the run goes from where it stands."""
         before = self.total_steps

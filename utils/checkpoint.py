@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from utils.io import atomic_write
 from utils.video_utils import as_pair
 
-FORMAT = 2
+FORMAT = 3
 # What Python, torch and zipfile raise over damaged, foreign and mutated files.
 LOAD_ERRORS = (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError)
 LOAD_ERRORS += (AttributeError, AssertionError, ArithmeticError, MemoryError)
