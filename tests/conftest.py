@@ -14,6 +14,8 @@ from utils.io import save_mp4
 # On tiny tensors threads cost more than they give, here and in every process that is started.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell's background job ignores it, and what is ignored stays ignored in a run.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def words(text):

@@ -20,6 +20,7 @@ from evaluation.evaluator import Evaluator, describe_settings
 from evaluation.fvd import feature_distance
 from evaluation.results import CONFIDENCE, estimate, read_lines, summarise
 from models.predictor import FramePredictor
+from models.video_unet3d import VideoUNet3D
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.io import file_sha256, read_image, save_mp4
 from utils.video_utils import cross_fade, frame_psnr, split_clip, to_float
@@ -200,7 +201,10 @@ def test_steps_times_guidance_and_the_prediction_are_rows(evaluate, ckpt, tmp_pa
     config = {"image_channels": 3, "endpoint_context": 2, "width": 8}
     predictor = {"config": config, "weights": FramePredictor(**config).state_dict()}
     path = tmp_path / "refining.pt"
-    save_checkpoint(path, {**load_checkpoint(ckpt), "predictor": predictor})
+    stored = load_checkpoint(ckpt)
+    guided = {**stored["model_config"], "guide_channels": 10}
+    refining = {"model_config": guided, "ema": VideoUNet3D(**guided).state_dict()}
+    save_checkpoint(path, {**stored, **refining, "predictor": predictor})
     flags = ("--num_videos", 1, "--baselines", "--num_samples", 2)
     found = evaluate("--steps", 2, 3, "--guidance_scale", 1, 2, *flags, checkpoint=path)
     rows = [(row["method"], row["nfe"], row["count"]) for row in found["rows"]]
