@@ -50,7 +50,7 @@ from utils.video_utils import as_pair, split_clip
 PREVIEW_CLIPS = 8
 OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T"
 
-# Of diffusion around a prediction, which both branches of guidance would see.
+# Of diffusion around a prediction: both branches of guidance would see it. Chosen in LOG.md.
 REFINING = {
     "cfg_drop_prob": 0.0,
     "temporal_loss_weight": 0.0,

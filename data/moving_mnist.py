@@ -1,6 +1,6 @@
 """Stochastic Moving MNIST: two digits that bounce off the border with a velocity drawn anew.
 
-A clip is a function of (seed, split, number), so that training never repeats and can be resumed.
+A clip is a function of (seed, epoch, number): training never repeats, and can be resumed.
 
 Source: Denton & Fergus 2018, arXiv:1802.07687; the rules are those of its code.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.kinetics_video_dataset import ClipRead
+from utils.flags import MNIST_PREFIX
 from utils.video_utils import FrameSize, as_pair, resize
 
-PREFIX = "smmnist:"  # of --data_root, before the folder of MNIST's files
 SIDE = 64  # pixels of a frame
 DIGIT = 32  # pixels of a digit, enlarged from 28
 DIGITS = 2  # per clip
@@ -26,7 +26,7 @@ EPOCH_CLIPS = 8192  # of the endless training stream, for logs and validation
 VALIDATION_CLIPS = 64
 VALIDATION_DIGITS = 5000  # the last of MNIST's training images
 TEST_CLIPS = 256
-TEST_SEED = 0
+TEST_SEED = 2**40  # that no training is likely to have
 # The published test clips draw their digits from the first of MNIST's test images alone.
 TEST_IMAGES = 256
 FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
@@ -65,7 +65,7 @@ def load_digits(data_root: str, split: str) -> Tensor:
 
     Raises: ValueError: if they are absent and cannot be downloaded.
     """
-    root = data_root.removeprefix(PREFIX)
+    root = data_root.removeprefix(MNIST_PREFIX)
     path = find_file(Path(root), FILES[split])
     if path is None:
         from torchvision.datasets import MNIST
@@ -134,6 +134,7 @@ class MovingMNIST(Dataset):
         return f"{len(self.digits)} digits, seed {self.seed}"
 
     def __getitem__(self, key: tuple[int, int]) -> ClipRead:
+        """The clip of a key, uint8 [1,T,SIDE,SIDE]; it never fails."""
         epoch, number = key
         rng = np.random.default_rng([self.seed, 0 if self.repeats else epoch + 1, number])
         clip = np.zeros((self.num_frames, SIDE, SIDE), np.int64)

@@ -20,9 +20,10 @@ from data.kinetics_video_dataset import (
     VideoClipDataset,
     collate,
 )
-from data.moving_mnist import PREFIX, open_moving_mnist
+from data.moving_mnist import MovingMNIST, open_moving_mnist
 from data.synthetic_videos import make_synthetic_videos
 from data.video_index import clip_span, prepare_videos
+from utils.flags import MNIST_PREFIX
 from utils.io import remove_stale_temporaries
 from utils.video_utils import FrameSize
 
@@ -38,7 +39,7 @@ def open_clips(
     cache_dir: str | Path,
     cache_videos: bool,
     **split: Any,
-) -> tuple[VideoClipDataset, VideoClipDataset]:
+) -> tuple[VideoClipDataset, VideoClipDataset] | tuple[MovingMNIST, MovingMNIST]:
     """The training clips, at random windows, and the held-out clips, at their central ones.
 
     Args:
@@ -49,7 +50,7 @@ def open_clips(
 
     Raises: ValueError: if there are none, or no room for the cache.
     """
-    if data_root and str(data_root).startswith(PREFIX):
+    if data_root and str(data_root).startswith(MNIST_PREFIX):
         return open_moving_mnist(data_root, num_frames, frame_stride, size, color_mode, seed)
     # Other machines may write there, whose processes cannot be seen.
     remove_stale_temporaries(Path(cache_dir), untouched=3600)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data.synthetic_videos import make_synthetic_videos
 from data.video_reader import DECODE_ERRORS, FORMATS, VideoInfo, probe_video
+from utils.flags import MNIST_PREFIX
 from utils.io import atomic_write
 
 DEFAULT_CACHE_DIR = "outputs/cache"
@@ -413,6 +414,9 @@ def held_out_videos(
     """
     cache_dir = trained_args["cache_dir"] or DEFAULT_CACHE_DIR
     stored = trained_args["data_root"]
+    if str(data_root or stored).startswith(MNIST_PREFIX):
+        rule = "must be a folder of videos; digits are drawn by evaluation's --protocol smmnist"
+        raise ValueError(f"--data_root {rule} (got {data_root or stored})")
     if not data_root and stored and not Path(stored).is_dir():
         raise ValueError(f"--data_root must be given: the checkpoint's own, {stored}, is not here")
     root = data_root or stored or make_synthetic_videos(cache_dir)

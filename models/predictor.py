@@ -24,9 +24,7 @@ class Guess(NamedTuple):
 
     frames: Tensor  # the middle, [B,C,M,H,W] in about [-1, 1]
     log_error: Tensor  # natural log of its expected absolute error, [B,1,M,H,W] in LOG_ERROR_RANGE
-    warped: (
-        Tensor  # the last start frame and the first end frame, moved to each time, [B,2*C,M,H,W]
-    )
+    warped: Tensor  # both nearest observed frames, moved to each time, [B,2*C,M,H,W]
 
 
 class FramePredictor(nn.Module):

@@ -12,6 +12,7 @@ from conftest import check_refusal
 from skimage.metrics import structural_similarity
 
 import evaluate_video_ddpm
+import sample_video_ddpm
 import train_video_ddpm
 from data.moving_mnist import MovingMNIST, load_digits, move, open_test_clips
 
@@ -104,6 +105,9 @@ def test_digits_are_trained_on_and_scored_as_published(tmp_path, capsys):
     score += f" --num_videos 8 --baselines black --out_dir {tmp_path / 'scores'}"
     assert evaluate_video_ddpm.main(score.split()) == 0
     assert "MCVD" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        sample_video_ddpm.main(["--ckpt", str(tmp_path / "run" / "last.pt")])
+    check_refusal(capsys, "--data_root", "--protocol smmnist")
     report = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert report["clips"] == 8
     # Each score from its definition: the black row of the clips themselves.

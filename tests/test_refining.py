@@ -1,14 +1,18 @@
 """Predict and refine: the predictor, its warp, and the change of variable around it."""
 
+import argparse
 import math
 
 import pytest
 import torch
+from test_checkpoint import stored_network
 from test_model import close, shaken
 
 from diffusion.noise import generator_for
 from diffusion.residual import Prediction, guide_channels, predict
 from models.predictor import FramePredictor, Guess, warp
+from train_video_ddpm import build_parser
+from training.objective import build_network, crop_size, pick_objective
 from utils.video_utils import cross_fade
 
 
@@ -56,6 +60,28 @@ def test_a_prediction_is_clipped_and_its_scale_is_twice_the_expected_error():
     seen = torch.cat([frames.clamp(-1, 1), frames, frames, log_error / 4], dim=1)
     assert torch.equal(prediction.guide, seen)
     assert prediction.guide.shape[1] == guide_channels(3)
+
+
+def test_refining_is_trained_on_half_of_each_side_and_frames_on_whole_ones():
+    assert crop_size([64, 40], 8) == (32, 24) and crop_size(8, 8) == (8, 8)
+    flags = [
+        "--size",
+        "32",
+        "16",
+        "--base_channels",
+        "4",
+        "--channel_mults",
+        "1",
+        "--temporal_attn_levels",
+    ]
+    args = argparse.Namespace(**{**build_parser().defaults(), **build_parser().parse_given(flags)})
+    stored = stored_network(FramePredictor, {"width": 8})
+    cases = ((None, None, None, 6), ("run.pt", stored, (16, 8), 10))
+    for args.predictor, predictor, crop, beside in cases:
+        network = build_network(args, torch.device("cpu"))
+        objective = pick_objective(args, network, predictor, val_clips=1, amp_dtype=None)
+        assert objective.loss.keywords["task"].crop == crop
+        assert network.stem.in_channels == 3 + beside
 
 
 def test_a_warp_samples_each_pixel_at_its_place_plus_its_displacement():

@@ -11,7 +11,7 @@ from models.video_unet3d import check_architecture, check_size
 from training.checkpointer import has_checkpoint, load_latest
 from training.distributed import is_main, print0, wait_for_all
 from utils.checkpoint import checkpoint_errors, load_checkpoint
-from utils.flags import Parser
+from utils.flags import MNIST_PREFIX, Parser
 from utils.video_utils import as_pair, middle_length
 
 MODEL_FLAGS = ("base_channels", "channel_mults", "res_blocks", "temporal_attn_levels")
@@ -129,7 +129,7 @@ def resolve_stage(parser: Parser, stage: Stage) -> Start:
 
 def absolute_root(root: str) -> str:
     """A data root from any working folder: a folder, or one with "smmnist:" before it."""
-    prefix = "smmnist:" if root.startswith("smmnist:") else ""
+    prefix = MNIST_PREFIX if root.startswith(MNIST_PREFIX) else ""
     return prefix + str(Path(root.removeprefix(prefix)).absolute())
 
 

@@ -69,6 +69,9 @@ def one_or_two(metavar: str) -> dict[str, Any]:
     }
 
 
+MNIST_PREFIX = "smmnist:"  # of --data_root, before the folder of MNIST's files
+
+
 def nonempty_path(text: str) -> str:
     """A path that is not empty, as that of an unset shell variable would be; "~" is expanded."""
     if not text.strip():
