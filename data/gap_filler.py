@@ -86,10 +86,12 @@ def fill_video(
             stream.sample_aspect_ratio = 1 / shape if first.rotation % 180 else shape
         colours = {} if lossless else _copy_colours(video.stream, stream)
         output.metadata.update(video.container.metadata)
+        output.set_chapters(video.container.chapters())
         copiers = {sound.index: _copier(sound, output) for sound in video.container.streams.audio}
-        left_out = len(video.container.streams) - 1 - len(copiers)
+        kept = (video.stream.index, *copiers)
+        left_out = [other.type for other in video.container.streams if other.index not in kept]
         if left_out:
-            print(f"note: {left_out} tracks that are neither the video nor sound are left out")
+            print(f"note: tracks other than one video and sound are left out: {left_out}")
 
         def frames() -> Iterator[Frame]:
             usual = round(1 / rate / base)

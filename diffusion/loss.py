@@ -26,8 +26,10 @@ SQUARED_WEIGHT = 2.0
 ERROR_WEIGHT = 0.1
 # The least that a predictor may expect; taken off, so that no loss is negative.
 LOWEST_LOG_ERROR = -7.0
-# Validation sees at least this many (clip, t) pairs, so that few clips cover the noise levels.
+# Validation sees about this many (clip, t) pairs, so that few clips cover the noise levels, but
+# each clip a few times at most.
 VALIDATION_PAIRS = 64
+VALIDATION_DRAWS = 8
 
 
 class DiffusionTask(NamedTuple):
@@ -229,7 +231,7 @@ def diffusion_validation_losses(
 
     Returns: [B * draws].
     """
-    draws = -(-VALIDATION_PAIRS // total_clips)
+    draws = min(-(-VALIDATION_PAIRS // total_clips), VALIDATION_DRAWS)
     prediction = predict(task.predictor, start_context, end_context, middle.shape[2])
     x0 = prediction.to_residual(middle)
     losses = []

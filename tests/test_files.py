@@ -46,7 +46,8 @@ def test_transparency_is_laid_over_white(tmp_path):
     colour, alpha = np.split(rgba.astype(float), [3], axis=2)
     expected = (colour * alpha + 255 * (255 - alpha)) / 255
     # Rounded to the nearest level.
-    assert np.abs(read(tmp_path / "a.png") - expected).max() <= 0.5
+    with pytest.warns(UserWarning, match="transparent"):
+        assert np.abs(read(tmp_path / "a.png") - expected).max() <= 0.5
 
 
 def test_every_exif_orientation_is_undone(tmp_path):

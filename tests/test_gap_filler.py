@@ -111,12 +111,27 @@ def test_a_cut_in_a_dark_scene_is_seen_by_its_contrast(cut, is_filled):
     assert (out[2] is not frames[2]) == is_filled
 
 
+def chapter(number, title):
+    """A chapter of two seconds, as PyAV takes it."""
+    place = {"id": number, "start": 2000 * number, "end": 2000 * (number + 1)}
+    return {**place, "time_base": Fraction(1, 1000), "metadata": {"title": title}}
+
+
+def chapters(path):
+    """Start and title of each chapter, and the languages of the sound."""
+    with av.open(str(path)) as file:
+        found = [(c["start"] * c["time_base"], c["metadata"]["title"]) for c in file.chapters()]
+        return found, [sound.metadata["language"] for sound in file.streams.audio]
+
+
 def with_sound(path, codec="mp2"):
-    """A video of 40 frames with a tone beside it."""
+    """A video of 40 frames with a tone beside it, and two chapters."""
     with av.open(str(path), "w", format="mov") as file:
         video = file.add_stream("libx264", rate=10)
         video.height, video.width, video.pix_fmt = 24, 32, "yuv420p"
         sound = file.add_stream(codec, rate=16_000)
+        sound.metadata["language"] = "ger"
+        file.set_chapters([chapter(0, "one"), chapter(1, "two")])
         for i, pixels in enumerate(shown(40)):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, 10)
@@ -143,12 +158,14 @@ def times(path):
     return [packet[:2] for packet in packets(path, "video")]
 
 
-def test_frames_outside_the_gaps_and_the_sound_stay_bit_for_bit(tmp_path):
+def test_frames_outside_the_gaps_and_the_sound_stay_bit_for_bit(tmp_path, capsys):
     source = with_sound(tmp_path / "long.mp4")
     generate = Generator()
     gaps = [range(10, 13), range(20, 28)]
     out = fill(source, gaps, generate=generate, lossless=True)
     before, after = decoded(source), decoded(out)
+    assert "left out: ['data']" in capsys.readouterr().out  # the chapters' titles are one, too
+    assert chapters(out) == chapters(source) == ([(0, "one"), (2, "two")], ["ger"])
     missing = [i for gap in gaps for i in gap]
     kept = [i for i in range(40) if i not in missing]
     assert torch.equal(before[kept], after[kept])
@@ -264,4 +281,4 @@ def test_sound_that_mp4_cannot_hold_is_left_out_with_a_note(tmp_path, capsys):
     out = fill(with_sound(tmp_path / "law.mp4", "pcm_mulaw"), [range(10, 12)])
     assert "sound track 1 is left out" in capsys.readouterr().out
     with av.open(str(out)) as file:
-        assert [stream.type for stream in file.streams] == ["video"]
+        assert not file.streams.audio

@@ -141,11 +141,12 @@ def test_true_middle_images_give_a_score_and_a_row_of_the_sheet(sample):
 
 
 @pytest.mark.parametrize(("flags", "size"), [("", (16, 24)), ("--size 24 16", (24, 16))])
-def test_images_are_cropped_to_sizes_that_are_not_square(sample, ckpt, flags, size):
+def test_images_are_cropped_to_sizes_that_are_not_square(sample, ckpt, capsys, flags, size):
     rng = np.random.default_rng(1)
     for path, shape in zip(PNGS, [(40, 24), (16, 64), (33, 47), (20, 20)], strict=True):
         iio.imwrite(path, rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
     out = sample(f"{ENDS} --T 5 {flags}", checkpoint=copy_with(ckpt, clip={"size": [16, 24]}))
+    assert "note: frames are resized" in capsys.readouterr().err
     made = frames(out)
     assert made.shape == (5, *size, 3) and record(out)["size"] == list(size)
     for path, frame in zip(PNGS, made[[0, 1, 3, 4]], strict=True):

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,10 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
+def _show_warning(message: Warning, *place: Any) -> None:
+    print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with defaults in the help and errors on one line."""
 
@@ -123,6 +128,8 @@ class Parser(argparse.ArgumentParser):
             if isinstance(getattr(sys, name), io.TextIOWrapper):
                 getattr(sys, name).reconfigure(errors="backslashreplace")
         former = {}
+        show_warning = warnings.showwarning
+        warnings.showwarning = _show_warning
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)
             if signal.getsignal(number) is signal.SIG_DFL:
@@ -137,6 +144,7 @@ class Parser(argparse.ArgumentParser):
             number = stop.args[0] if stop.args else signal.SIGINT
             self.exit(128 + number, f"{stopped}\n")
         finally:
+            warnings.showwarning = show_warning
             for number, handler in former.items():
                 signal.signal(number, handler)
 

@@ -1,5 +1,6 @@
 """Observed frames from files, pictures and arrays, as the network takes them."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.io import as_rgb, read_image
-from utils.video_utils import FrameSize, resize_and_crop, to_float, to_gray
+from utils.video_utils import FrameSize, as_pair, resize_and_crop, to_float, to_gray
 
 Frames = Tensor | Sequence[Any]
 
@@ -34,7 +35,7 @@ def load_context(frames: Frames, size: FrameSize, color_mode: str) -> Tensor:
 
 
 def load_frames(frames: Sequence[Any], size: FrameSize, color_mode: str) -> Tensor:
-    """Frames in time order, resized and centre-cropped as clips are.
+    """Frames in time order, resized and centre-cropped as clips are; a warning says if they were.
 
     Args:
         frames: K of them, each a path, a PIL image or an array, see `as_rgb`.
@@ -44,8 +45,13 @@ def load_frames(frames: Sequence[Any], size: FrameSize, color_mode: str) -> Tens
     """
     if isinstance(frames, str) or not isinstance(frames, (Sequence, np.ndarray)) or not len(frames):
         raise ValueError(f"frames must be a sequence of K images (got {frames!r})")
-    pictures = torch.stack([resize_and_crop(load_frame(frame), size) for frame in frames])
+    loaded = [load_frame(frame) for frame in frames]
+    if any(picture.shape[1:] != as_pair(size) for picture in loaded):
+        warnings.warn(f"frames are resized and cropped to {as_pair(size)}", stacklevel=2)
+    pictures = torch.stack([resize_and_crop(picture, size) for picture in loaded])
     if color_mode == "gray":
+        if any((picture != picture[:1]).any() for picture in loaded):
+            warnings.warn("colours of frames become gray", stacklevel=2)
         pictures = to_gray(pictures)
     return pictures.transpose(0, 1)[None]
 

@@ -61,7 +61,7 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def as_rgb(pixels: np.ndarray) -> Tensor:
-    """A picture as uint8 [3,H,W]: transparency is laid over white, 16 bits keep the upper 8.
+    """A picture as uint8 [3,H,W]: 16 bits keep the upper 8, transparency gets white and a warning.
 
     Args:
         pixels: gray [H,W] of 8 or 16 bits, or RGB or RGBA [H,W,3 or 4] of 8 bits.
@@ -77,6 +77,7 @@ def as_rgb(pixels: np.ndarray) -> Tensor:
         return torch.from_numpy(pixels.copy()).expand(3, -1, -1).contiguous()
     rgb, alpha = np.split(pixels, [3], axis=2)
     if alpha.min(initial=255) < 255:
+        warnings.warn("transparent pixels of frames are laid over white", stacklevel=2)
         alpha = alpha.astype(np.uint16)
         rgb = ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     return torch.from_numpy(rgb.transpose(2, 0, 1).copy())
