@@ -21,6 +21,7 @@ from conftest import (
     write_squares,
 )
 from soak import SMALL, same, same_end
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_video_ddpm
 import training.objective
@@ -400,12 +401,17 @@ def test_best_is_of_the_lowest_loss_of_its_stage(train, monkeypatch):
     assert same(last(out)["predictor"]["weights"], first["ema"])
 
 
-def test_the_predictor_that_is_refined_around_stays_as_it_is(refined):
-    checkpoint = last(refined)
-    args = argparse.Namespace(**checkpoint["args"], dry_run=False)
+def set_up(checkpoint, **changes):
+    """Arguments, fresh state and objective of the run that a checkpoint is of."""
+    args = argparse.Namespace(**{**checkpoint["args"], "dry_run": False, **changes})
     state = init_state(args, build_network(args, CPU), CPU, None)
     state.plan_steps(args)
-    objective = pick_objective(args, state.ema, checkpoint["predictor"], 1, None)
+    return args, state, pick_objective(args, state.ema, checkpoint["predictor"], 1, None)
+
+
+def test_the_predictor_that_is_refined_around_stays_as_it_is(refined):
+    checkpoint = last(refined)
+    args, state, objective = set_up(checkpoint)
     train_step(state, objective, iter([torch.rand(2, 3, 8, 8, 8)]), args, None)
     predictor = objective.pipe.predictor
     assert all(weight.grad is None for weight in predictor.parameters())
@@ -420,6 +426,34 @@ def test_a_run_refines_around_the_predictor_of_any_checkpoint_that_has_one(train
     capsys.readouterr()
     train("c", f"--predictor {plain}", status=2)
     check_refusal(capsys, f"--predictor {plain}")
+
+
+class HostReads(TorchDispatchMode):
+    """Counts where a value leaves its device, or a constant goes there."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+        self.constants = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        self.constants += function is torch.ops.aten.lift_fresh.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", ["predictor", "diffusion"])
+def test_no_step_waits_for_the_device(refined, stage):
+    checkpoint = last(refined / "predictor" if stage == "predictor" else refined)
+    args, state, objective = set_up(checkpoint, num_frames=[6, 8])
+    assert args.optimizer == "muon"
+    clips = itertools.repeat(torch.rand(2, 3, 8, 8, 8))
+    # The first step makes what later ones keep.
+    train_step(state, objective, clips, args, None)
+    with HostReads() as mode:
+        train_step(state, objective, clips, args, None)
+    # The two draws of a length are on the CPU; the metrics set two of their values to 0.
+    assert (mode.reads, mode.constants) == (2, 2)
 
 
 @pytest.fixture(scope="module")
