@@ -2,12 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
+import training.optimizer
 from training.optimizer import Muon
 
-MATRICES = ("tall.weight", "conv.weight", "deep.out.weight")
+MATRICES = ("tall.weight", "conv.weight", "twin.weight", "deep.out.weight")
 
 
 def make_net():
@@ -16,6 +18,7 @@ def make_net():
     layers = {
         "tall": nn.Linear(3, 8),
         "conv": nn.Conv3d(2, 5, 3),
+        "twin": nn.Conv3d(2, 5, 3),
         "norm": nn.GroupNorm(2, 6),
         "deep": nn.ModuleDict({"out": nn.Linear(9, 4)}),
         "out": nn.Conv2d(4, 3, 1),
@@ -30,7 +33,9 @@ def step(optimizer, net, seed):
     optimizer.step()
 
 
-def test_matrices_follow_torchs_muon_and_all_else_adamw(monkeypatch):
+@pytest.mark.parametrize("batch_values", [2**20, 1])
+def test_matrices_follow_torchs_muon_and_all_else_adamw(monkeypatch, batch_values):
+    monkeypatch.setattr(training.optimizer, "BATCH_VALUES", batch_values)
     # torch orthogonalises in bfloat16; here it is to be exact.
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     net = make_net()

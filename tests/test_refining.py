@@ -138,6 +138,12 @@ def test_each_frame_is_modulated_by_its_own_time():
         assert (log_error[:, :, i] - log_error[:, :, j]).abs().max() > 1e-3
 
 
+def test_a_predictor_of_any_length_is_told_the_gap():
+    predictor = shaken(FramePredictor(width=8, any_length=True), by=0.1)
+    three, seven = (predictor(*contexts(), gap).log_error for gap in (3, 7))
+    assert (three[:, :, 1] - seven[:, :, 3]).abs().max() > 1e-3  # both are half-way
+
+
 @pytest.mark.parametrize(("c", "k", "size"), [(3, 2, 16), (1, 1, 24), (3, 3, 20)])
 def test_a_predictor_takes_any_number_of_frames_and_every_weight_of_it_learns(c, k, size):
     predictor = shaken(FramePredictor(c, k, width=8))
