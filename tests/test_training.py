@@ -320,7 +320,8 @@ def test_ema_copies_the_weights_at_first_and_then_decays_towards_them():
     for number in range(1, 6):
         weight = steps.take([float(number)])
         expected = weight if number <= 2 else 0.75 * expected + 0.25 * weight
-        assert steps.state.ema.matrix[0, 0].item() == pytest.approx(expected, abs=1e-6)
+        for average in (steps.state.ema.matrix[0, 0], steps.state.ema.vector[0]):
+            assert average.item() == pytest.approx(expected, abs=1e-6)
     assert abs(expected - weight) > 0.1
 
 
