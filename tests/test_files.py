@@ -216,10 +216,13 @@ def test_a_flag_that_is_nearly_right_is_named_and_home_is_expanded(capsys, monke
     assert nonempty_path("a~/clips") == "a~/clips"
 
 
-@pytest.mark.parametrize("dtype", ["int32", "float32"])
-def test_pixels_of_another_depth_are_refused_by_name(tmp_path, dtype):
-    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=f"a.tif.*{dtype}"):
+@pytest.mark.parametrize(
+    ("dtype", "tags", "kind"),
+    [("int32", {}, "integers"), ("float32", {}, "floats"), ("uint8", {339: 2}, "signed")],
+)
+def test_pixels_of_another_depth_are_refused_by_name(tmp_path, dtype, tags, kind):
+    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "a.tif", tiffinfo=tags)
+    with pytest.raises(ValueError, match=f"a.tif.*{kind}"):
         io.read_image(tmp_path / "a.tif")
 
 
@@ -231,6 +234,9 @@ def test_deep_gray_keeps_its_upper_bits_in_either_byte_order(tmp_path):
             image = Image.frombytes("I;16B", (8, 8), levels.astype(">u2").tobytes())
         image.save(tmp_path / "a.tif")
         assert np.array_equal(io.read_image(tmp_path / "a.tif")[0].numpy(), levels >> 8)
+    # White is zero.
+    Image.fromarray(levels).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    assert np.array_equal(io.read_image(tmp_path / "a.tif")[0].numpy(), (65535 - levels) >> 8)
 
 
 def test_a_notebook_in_place_of_a_console_is_no_error(monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.io import as_rgb, read_image
+from utils.io import as_rgb, picture_pixels, read_image
 from utils.video_utils import FrameSize, as_pair, resize_and_crop, to_float, to_gray
 
 Frames = Tensor | Sequence[Any]
@@ -61,10 +61,5 @@ def load_frame(frame: Any) -> Tensor:
     if isinstance(frame, (str, Path)):
         return read_image(frame)
     if hasattr(frame, "convert"):
-        from PIL import ImageOps
-
-        # As a file of the same picture is read.
-        frame = ImageOps.exif_transpose(frame)
-        is_deep = frame.mode.startswith(("I", "F"))
-        frame = frame if is_deep else frame.convert("RGBA")
+        frame = picture_pixels(frame)
     return as_rgb(np.asarray(frame))

@@ -30,6 +30,9 @@ IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*",
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError)
 IMAGE_ERRORS += (ArithmeticError, struct.error)
 
+TIFF_PHOTOMETRIC = 262
+TIFF_SAMPLE_FORMAT = 339
+
 PREVIEW_PIXELS = 96  # small frames are enlarged to about this width
 BORDER = 3  # pixels around a frame of a contact sheet
 OBSERVED_COLOUR = (240, 150, 30)
@@ -37,27 +40,64 @@ GENERATED_COLOUR = (60, 60, 60)
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read a still image as RGB, uint8 [3,H,W].
-
-    EXIF orientation is applied, transparency is laid over white, 16-bit gray keeps its upper 8
-    bits, an animation gives its first frame.
+    """Read a still image as RGB, uint8 [3,H,W], see `picture_pixels` and `as_rgb`.
 
     Raises: ValueError: if the file is missing, too large or no image.
     """
+    from PIL import Image  # comes with imageio
+
     path = Path(path).absolute()
     # A FIFO or a device would block for ever.
     if not path.is_file():
         what = "not a regular file" if path.exists() else "no such image file"
         raise ValueError(f"{path}: {what}")
     try:
-        pixels = _decode_image(path)
+        check_image_start(path)
+        # Pillow warns of large images and of odd metadata.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
+            pixels = picture_pixels(picture)
     except IMAGE_ERRORS as error:
-        # imageio blames a missing plugin, with the truth as its cause.
-        cause = error.__cause__ or error
-        reason = str(cause).partition("\n")[0] or type(cause).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: not a readable image ({reason})") from error
-
     return as_rgb(pixels)
+
+
+def check_image_start(path: Path) -> None:
+    """Raises: ValueError: for a file that does not begin as an image, or a JPEG of many scans."""
+    with path.open("rb") as file:
+        start = file.read(4)
+        scans = file.read(2**26).count(b"\xff\xda")
+    if not start.startswith(IMAGE_STARTS):
+        raise ValueError("neither PNG, JPEG, GIF, BMP, TIFF nor WebP")
+    if start.startswith(b"\xff\xd8") and scans > MAX_JPEG_SCANS:
+        raise ValueError(f"a JPEG may have {MAX_JPEG_SCANS} scans at most")
+
+
+def picture_pixels(picture: Any) -> np.ndarray:
+    """The pixels of a PIL image, upright: RGBA, uint8 [H,W,4], or deep gray, uint16 [H,W].
+
+    An animation gives its first frame.
+
+    Raises: ValueError: if the image is too large, or its pixels have a sign or more than 16 bits.
+    """
+    from PIL import ImageOps
+
+    # Nothing is decoded yet.
+    if picture.width * picture.height > MAX_IMAGE_PIXELS:
+        rule = f"an image may have {MAX_IMAGE_PIXELS} pixels at most"
+        raise ValueError(f"{rule}, got {picture.width}x{picture.height}")
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF
+    has_sign = 2 in np.atleast_1d(tags.get(TIFF_SAMPLE_FORMAT, 1))
+    kinds = {"I": "32-bit integers", "F": "32-bit floats"}
+    if has_sign or picture.mode in kinds:
+        got = kinds.get(picture.mode, "signed ones")
+        raise ValueError(f"pixels must have 8 or 16 bits without sign, got {got}")
+    is_deep = picture.mode.startswith("I;16")
+    is_negative = is_deep and tags.get(TIFF_PHOTOMETRIC) == 0  # its white is 0
+    picture = ImageOps.exif_transpose(picture)
+    if not is_deep:
+        return np.asarray(picture.convert("RGBA"))
+    return 65535 - np.asarray(picture) if is_negative else np.asarray(picture)
 
 
 def as_rgb(pixels: np.ndarray) -> Tensor:
@@ -81,30 +121,6 @@ def as_rgb(pixels: np.ndarray) -> Tensor:
         alpha = alpha.astype(np.uint16)
         rgb = ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     return torch.from_numpy(rgb.transpose(2, 0, 1).copy())
-
-
-def _decode_image(path: Path) -> np.ndarray:
-    """RGBA, uint8 [H,W,4], or deep gray, uint16 [H,W]."""
-    with path.open("rb") as file:
-        start = file.read(4)
-        scans = file.read(2**26).count(b"\xff\xda")
-    if not start.startswith(IMAGE_STARTS):
-        raise ValueError("neither PNG, JPEG, GIF, BMP, TIFF nor WebP")
-    if start.startswith(b"\xff\xd8") and scans > MAX_JPEG_SCANS:
-        raise ValueError(f"a JPEG may have {MAX_JPEG_SCANS} scans at most")
-
-    # Pillow warns of large images and of odd metadata.
-    with warnings.catch_warnings(action="ignore"), iio.imopen(path, "r", plugin="pillow") as image:
-        # The properties are in the header: nothing is decoded yet.
-        found = image.properties(index=0)
-        height, width = found.shape[:2]
-        if width * height > MAX_IMAGE_PIXELS:
-            rule = f"an image may have {MAX_IMAGE_PIXELS} pixels at most"
-            raise ValueError(f"{rule}, got {width}x{height}")
-        is_deep = found.dtype.kind == "u" and found.dtype.itemsize == 2
-        if not is_deep and found.dtype not in (np.uint8, np.bool_):
-            raise ValueError(f"pixels must have 8 or 16 bits without sign, got {found.dtype}")
-        return image.read(index=0, mode=None if is_deep else "RGBA", rotate=True)
 
 
 def _frames_last(clip: Tensor) -> np.ndarray:
