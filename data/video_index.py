@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 import unicodedata
 from collections import Counter
@@ -21,11 +22,11 @@ from utils.flags import MNIST_PREFIX
 from utils.io import atomic_write
 
 DEFAULT_CACHE_DIR = "outputs/cache"
-# Names of folders, in lower case, whose files are a split.
+# A folder with one of these words in its name, as in "train_256", holds the files of a split.
 SPLITS = {
-    "train": ("train", "training", "videos_train"),
-    "val": ("val", "valid", "validation", "videos_val"),
-    "test": ("test", "testing", "videos_test"),
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation", "eval", "dev"},
+    "test": {"test", "testing"},
 }
 INDEX_VERSION = 3  # change it whenever VideoInfo or its meaning changes
 PART_SPANS = 16  # clips' lengths that a part of a long video has at least
@@ -97,8 +98,9 @@ def find_videos(root: str | Path, log: Log = lambda text: None) -> list[Path]:
 def split_of(name: Path) -> str | None:
     """The split that one of the two upper folders of a path below the root names, if any."""
     for folder in name.parts[:-1][:2]:
+        words = re.split(r"[^a-z]+", folder.lower())
         for split, names in SPLITS.items():
-            if folder.lower() in names:
+            if names.intersection(words):
                 return split
     return None
 

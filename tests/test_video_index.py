@@ -54,6 +54,7 @@ def test_every_mp4_is_found_once_through_links_and_loops(tmp_path):
         ("videos_train", "videos_val"),
         ("train", "test"),
         ("Training", "Valid"),
+        ("train_256", "my-eval.2"),
         ("a/train", "a/Testing"),
     ],
 )
