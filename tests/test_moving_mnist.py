@@ -14,7 +14,13 @@ from skimage.metrics import structural_similarity
 import evaluate_video_ddpm
 import sample_video_ddpm
 import train_video_ddpm
-from data.moving_mnist import MovingMNIST, load_digits, move, open_test_clips
+from data.moving_mnist import (
+    MovingMNIST,
+    load_digits,
+    move,
+    open_moving_mnist,
+    open_test_clips,
+)
 
 
 def draw_tracks(count=40000, num_frames=4):
@@ -58,6 +64,8 @@ def test_a_bounce_stops_at_the_border_and_draws_the_velocity_anew(axis, border, 
     after = bounced[:, 3] - bounced[:, 2]
     assert is_uniform(after[:, axis] * inwards, range(1, 5))
     assert is_uniform(after[:, other], range(-4, 5))
+    # It is drawn anew, too.
+    assert abs(np.corrcoef(velocity[leaves][:, other], after[:, other])[0, 1]) < 0.1
 
 
 def write_mnist(root, count=300):
@@ -100,6 +108,8 @@ def test_digits_are_trained_on_and_scored_as_published(tmp_path, capsys):
     model = "--base_channels 4 --channel_mults 1 --res_blocks 1 --temporal_attn_levels"
     run = f"--max_steps 1 --batch_size 2 --num_workers 0 --vis_every 0 --out_dir {tmp_path / 'run'}"
     root = f"smmnist:{tmp_path}"
+    digits = [len(part.digits) for part in open_moving_mnist(root, 13, 1, 64, "gray", 3)]
+    assert digits == [1000, 5000]  # held-out clips have digits of their own
     assert train_video_ddpm.main([*f"{clips} {model} {run} --data_root {root}".split()]) == 0
     score = f"--ckpt {tmp_path / 'run' / 'last.pt'} --protocol smmnist --steps 1 --num_samples 2"
     score += f" --num_videos 8 --baselines black --out_dir {tmp_path / 'scores'}"
