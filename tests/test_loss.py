@@ -143,6 +143,22 @@ def test_refining_learns_on_windows_and_processes_share_their_draw():
     torch.testing.assert_close(torch.cat(parts), losses)
 
 
+def test_windows_lie_where_the_predictor_is_unsure(monkeypatch):
+    def unsure_in_a_corner(self, start, end, num_middle):
+        guess = guess_surely(self, start, end, num_middle)
+        guess.log_error[:] = -7.0
+        guess.log_error[..., 6:, 6:] = 0.0
+        return guess
+
+    guess_surely = Overconfident.forward
+    monkeypatch.setattr(Overconfident, "forward", unsure_in_a_corner)
+    start, middle, end = batch(b=4)
+    task = DiffusionTask(SCHEDULE, predictor=Overconfident(), crop=(4, 4))
+    model = Recorder()
+    diffusion_loss(model, start, middle, end, generator(1), task=task)
+    assert torch.equal(model.given[2], start[..., 4:, 4:])
+
+
 def test_the_expected_error_is_learned_as_the_width_of_a_laplace_distribution():
     middle = batch()[1]
     frames = (middle + 0.2).requires_grad_()
