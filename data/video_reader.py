@@ -214,12 +214,17 @@ def to_rgb(
 
 
 def as_shown(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turn and flip pixels [H,W,3] by the display matrix of their frame, if it has one."""
+    """Turn and flip pixels [H,W,3] by the display matrix of their frame, if it has one.
+
+    Raises: ValueError: if it turns them by another angle than quarters.
+    """
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
         return pixels
     # A pixel (x, y) is shown at (a x + c y, b x + d y), but for a shift.
     a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    if min(abs(a), abs(b)) > max(abs(a), abs(b)) / 100:
+        raise ValueError("its frames are shown at an angle")
     if abs(b) > abs(a):
         pixels = pixels.transpose(1, 0, 2)
         a = c

@@ -123,6 +123,14 @@ def test_a_display_matrix_turns_and_mirrors_frames_as_players_do(tmp_path, turn,
     assert upright_size(info) == expected.shape[1:]
 
 
+def test_frames_shown_at_an_angle_are_refused(tmp_path):
+    entries = [46341, 46341, 0, -46341, 46341, 0, 0, 0, 2**30]  # an eighth of a turn
+    matrix = hostile.put(b"tkhd", 44, struct.pack(">9i", *entries))
+    hostile.video(matrix)(tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="angle"):
+        probe_video(tmp_path / "a.mp4")
+
+
 @pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.avi", "a.ts", "a.MOV"])
 def test_other_containers_are_read_frame_by_frame(tmp_path, name):
     path = tmp_path / name
