@@ -324,6 +324,8 @@ def prepare_videos(
     index = VideoIndex(root, cache_dir, workers)
     assigned = index.assigned.setdefault(f"seed {seed}, span {span}", {})
     paths = find_videos(root, log)
+
+    # Divide the files by the names of their folders, or else by their hash.
     by_folder = {split: [] for split in (*SPLITS, None)}
     for path in paths:
         by_folder[split_of(path.relative_to(root))].append(path)
@@ -343,6 +345,7 @@ def prepare_videos(
             (val if assigned.get(name, by_hash) == "val" else train).append(path)
         rule = "it must hold two usable video files, one for validation, or one of two clips"
 
+    # Look into the files, and leave out what cannot be used.
     splits = []
     limits = share_limit(max_videos, len(train), len(val))
     for paths, limit in zip((train, val), limits, strict=True):
@@ -352,9 +355,13 @@ def prepare_videos(
         usable = index.take(paths, limit, span)
         splits.append(sorted(usable, key=lambda video: video.name))
     train, val = splits
+
+    # Let no split be empty.
     if not has_folders and not (train and val) and len(train) + len(val) > 1:
         assigned.update(_fill_empty_split(train, val, seed))
         index.save()
+
+    # Divide long videos, and a single one between both splits.
     if not has_folders and len(train) + len(val) == 1:
         (film,) = train or val
         count = min(film.info.frames // span, max(FILM_PARTS, parts_of(film, span)))
