@@ -296,6 +296,7 @@ def write_video(
     args: argparse.Namespace, pipe: MiddleFramePipeline, settings: dict[str, Any], path: Path
 ) -> dict[str, Any]:
     """Write --video with its gaps filled; returns facts for the record."""
+    # Settle at which size frames are made.
     info, gaps = probe_gaps(args, pipe.endpoint_context)
     height, width = upright_size(info)
     multiple = pipe.model.size_multiple if pipe.model is not None else 1
@@ -305,6 +306,8 @@ def write_video(
     if size != trained or any(len(gap) != m for gap in gaps):
         print(f"note: frames are generated at {size[0]}x{size[1]} pixels; {args.ckpt} was trained")
         print(f"at {trained[0]}x{trained[1]}, {m} frames at once")
+
+    # What the gap filler calls for each gap.
     filled = []
 
     def as_context(frames: Sequence[Tensor]) -> Tensor:
@@ -331,6 +334,7 @@ def write_video(
             frames = [to_gray(frame).expand(3, -1, -1) for frame in frames]
         return list(frames)
 
+    # Write, and say what was written.
     try:
         with io.atomic_write(path) as file:
             count = fill_video(
@@ -358,6 +362,7 @@ def write_video(
 
 def sample(args: argparse.Namespace) -> None:
     """From flags to files; a ValueError or OSError is for the user to mend."""
+    # Settle the flags, and what an earlier sample has left.
     check_flags(args)
     pipe = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device, args.use_raw_model)
     fill_from_checkpoint(args, pipe)
@@ -382,6 +387,7 @@ def sample(args: argparse.Namespace) -> None:
         io.save_json(out_dir / "sample.json", facts)
         return
 
+    # Draw samples of each clip, a batch of clips at a time.
     contexts = load_contexts(args, pipe)
     count = len(contexts.start)
     facts["nfe"] = forwards_per_clip(pipe.schedule.timesteps, settings)

@@ -68,6 +68,7 @@ def fill_video(
     Raises: ValueError or av.FFmpegError: if the video changes its size, or cannot
         be read or written.
     """
+    # The first frame says how large upright frames are.
     reformatter = VideoReformatter()
     with VideoFile(source) as video:
         first = next(video.decode(), None)
@@ -76,6 +77,7 @@ def fill_video(
         size = to_rgb(first, reformatter).shape[1:]
 
     with VideoFile(source) as video, av.open(target, "w", format="mp4") as output:
+        # The new video has the clock, the pixel shape and the colours of the old one.
         base = video.stream.time_base
         rate = Fraction(video.stream.average_rate or 25)
         stream = add_h264_stream(output, size, rate, lossless)
@@ -85,6 +87,8 @@ def fill_video(
         if shape:
             stream.sample_aspect_ratio = 1 / shape if first.rotation % 180 else shape
         colours = {} if lossless else _copy_colours(video.stream, stream)
+
+        # What stands beside the video is copied, or named where it is left out.
         output.metadata.update(video.container.metadata)
         output.set_chapters(video.container.chapters())
         copiers = {sound.index: _copier(sound, output) for sound in video.container.streams.audio}
@@ -109,6 +113,7 @@ def fill_video(
                     pts += usual
                 yield Frame(pixels, pts, decoded.duration or usual)
 
+        # Encode frame by frame.
         count = 0
         for filled in fill_gaps(progress(frames()), gaps, k, generate):
             rgb = filled.pixels.permute(1, 2, 0).contiguous().numpy()
