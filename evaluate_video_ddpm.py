@@ -195,6 +195,8 @@ def evaluate(args: argparse.Namespace) -> None:
     device = pipe.device if pipe else resolve_device(args.device)
     is_published = args.protocol != "native"
     args.split = args.split or ("val" if pipe else "all")
+    if args.protocol == "smmnist":
+        args.split = "test"  # its own clips
     if args.baselines is None:
         args.baselines = [*BASELINES]
         if args.protocol != "smmnist":
@@ -202,9 +204,9 @@ def evaluate(args: argparse.Namespace) -> None:
     args.num_samples = args.num_samples or (10 if is_published else 1)
     if args.window is None:
         args.window = "random" if is_published else "central"
-    if args.split == "all" and args.data_root is None:
-        raise ValueError("--data_root must be given for --split all, the default without --ckpt")
-    if args.split != "all" and pipe is None:
+    if args.data_root is None and (args.split == "all" or pipe is None):
+        raise ValueError("--data_root must be given without --ckpt, and for --split all")
+    if args.split in ("val", "train") and pipe is None:
         raise ValueError(f"--split must be all without --ckpt (got {args.split})")
     clip = resolve_clip(args, pipe)
     left_out = find_missing(args, clip)

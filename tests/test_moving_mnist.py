@@ -119,7 +119,7 @@ def test_digits_are_trained_on_and_scored_as_published(tmp_path, capsys):
         sample_video_ddpm.main(["--ckpt", str(tmp_path / "run" / "last.pt")])
     check_refusal(capsys, "--data_root", "--protocol smmnist")
     report = json.loads((tmp_path / "scores" / "metrics.json").read_text())
-    assert report["clips"] == 8
+    assert report["clips"] == 8 and report["settings"]["split"] == "test"
     # Each score from its definition: the black row of the clips themselves.
     black = next(row for row in report["rows"] if row["method"] == "black")["scores"]
     psnr, similarity = [], []
