@@ -81,6 +81,8 @@ def fill_video(
         base = video.stream.time_base
         rate = Fraction(video.stream.average_rate or 25)
         stream = add_h264_stream(output, size, rate, lossless)
+        if not lossless and "444" in str(video.stream.pix_fmt):
+            stream.pix_fmt = "yuv444p"  # all of its colours
         stream.options = {**stream.options, "bf": "0"}
         stream.codec_context.time_base = base
         shape = video.stream.sample_aspect_ratio

@@ -256,6 +256,15 @@ def test_planes_of_luma_and_colour_come_back_as_they_were(tmp_path, tags):
     assert np.abs(planes(out) - planes(source))[kept].max() <= 3
 
 
+def test_colours_of_every_pixel_stay_where_the_source_has_them(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    frames = np.broadcast_to(pixels, (8, 24, 32, 3))
+    source = write_mp4(tmp_path / "v.mp4", frames, pix_fmt="yuv444p", options={"crf": "1"})
+    change = decoded(fill(source, [range(3, 5)]))[0].int() - decoded(source)[0]
+    # With colours of every second pixel it would be 46 levels.
+    assert change.abs().float().mean() < 4
+
+
 def test_frames_that_stay_keep_their_brightness(tmp_path):
     source = write_mp4(tmp_path / "v.mp4", shown(12), options={"crf": "4"})
     change = (planes(fill(source, [range(5, 7)])) - planes(source))[:, :24]
