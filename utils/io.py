@@ -227,6 +227,10 @@ def temporary_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
         if os.name != "nt":  # Windows opens no folders
             _fsync_dir(path.parent)
+    except OSError as error:
+        # A full disk does not say which file had no room.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         _remove(temporary)
 
