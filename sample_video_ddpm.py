@@ -347,6 +347,10 @@ def write_video(
                 progress=partial(tqdm, total=info.frames, unit="frame", disable=None),
             )
     except (FFmpegError, ValueError) as error:
+        # What fails where PyAV writes, such as a full disk, stands behind an error of its own.
+        cause = error.__context__
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise ValueError(f"--video {args.video}: {reason_of(error)}") from error
     print(f"{path}: {count} frames")
     return {

@@ -1,6 +1,8 @@
 """Sampling as a user runs it: observed frames stay exact, noise is keyed, wrong input is a line."""
 
+import contextlib
 import json
+from pathlib import Path
 
 import hostile
 import imageio.v3 as iio
@@ -271,6 +273,20 @@ def test_gaps_of_a_video_are_filled_and_all_else_stays(sample, ckpt, tmp_path):
     assert torch.equal(decoded(out / "video.mp4"), expected)
     assert packets(out / "video.mp4", "audio") == packets(source, "audio")
     assert record(out)["generated_at"] == [24, 32]
+
+
+def test_a_full_disk_is_not_blamed_on_the_video(sample, capsys, tmp_path, monkeypatch):
+    with_sound(tmp_path / "in.mp4")
+
+    @contextlib.contextmanager
+    def open_full_disk(path):
+        with Path("/dev/full").open("wb") as file:
+            yield file
+
+    monkeypatch.setattr(sample_video_ddpm.io, "atomic_write", open_full_disk)
+    sample("--video in.mp4 --gap 10:13", status=2)
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "--video" not in said
 
 
 def test_a_gray_video_stays_gray(sample, tmp_path):

@@ -1,5 +1,6 @@
 """Files: images in; images, videos, curves and JSON out; atomic writes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -228,9 +229,10 @@ def temporary_path(path: str | Path) -> Iterator[Path]:
         if os.name != "nt":  # Windows opens no folders
             _fsync_dir(path.parent)
     except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename:
+            raise
         # A full disk does not say which file had no room.
-        error.filename = error.filename or str(path)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         _remove(temporary)
 
