@@ -96,12 +96,15 @@ def find_videos(root: str | Path, log: Log = lambda text: None) -> list[Path]:
 
 
 def split_of(name: Path) -> str | None:
-    """The split that one of the two upper folders of a path below the root names, if any."""
-    for folder in name.parts[:-1][:2]:
-        words = re.split(r"[^a-z]+", folder.lower())
-        for split, names in SPLITS.items():
-            if names.intersection(words):
-                return split
+    """The split that one of the two upper folders of a path below the root names, if any.
+
+    Of two such folders the one of fewer words counts: "training_videos/val" holds "val".
+    """
+    words = [re.findall("[a-z]+", folder.lower()) for folder in name.parts[:-1][:2]]
+    for folder in sorted(words, key=len):
+        found = [split for split, names in SPLITS.items() if names.intersection(folder)]
+        if len(found) == 1:  # "train_val" names none
+            return found[0]
     return None
 
 
@@ -310,7 +313,7 @@ def prepare_videos(
 ) -> tuple[list[Video], list[Video]]:
     """Training and validation files of `span` frames or more, sorted by name.
 
-    Folders named as in SPLITS are the splits; "test" is held out where there is no "val".
+    Folders that SPLITS names are the splits; "test" is held out where there is no "val".
     Otherwise the hash of (seed, name) holds out about `val_ratio` of the files, so that files
     added later move none across. Long videos are divided into parts, so that an epoch sees them
     in proportion to their length; of a single one the last parts are held out.

@@ -197,6 +197,7 @@ BAD_IMAGES = {
         lambda _: Image.new("L", (4096, 4096)), scans_10000_times, format="JPEG", progressive=True
     ),
     "bomb_of_64_megapixels": png(8000, 8000, bytes(1 + 8000 * 3)),
+    "bomb_that_pillow_refuses": png(20_000, 20_000, bytes(1 + 2500), depth=1, colour=0),
     "bomb_of_text": bomb_of_text,
     "video_renamed": video(),
     **SPECIAL,

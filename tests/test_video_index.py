@@ -55,6 +55,8 @@ def test_every_mp4_is_found_once_through_links_and_loops(tmp_path):
         ("train", "test"),
         ("Training", "Valid"),
         ("train_256", "my-eval.2"),
+        ("train_val/train", "train_val/val"),
+        ("training_videos/train", "training_videos/val"),
         ("a/train", "a/Testing"),
     ],
 )

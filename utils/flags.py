@@ -92,10 +92,6 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
-def _show_warning(message: Warning, *place: Any) -> None:
-    print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with defaults in the help and errors on one line."""
 
@@ -119,7 +115,7 @@ class Parser(argparse.ArgumentParser):
         """Around a program's body, whose errors become one line on stderr and the exit status.
 
         2 = ValueError and OSError, which the user can mend; 1 = RunError and FloatingPointError;
-        128 + n = stopped by signal n, for which the line is `stopped`.
+        128 + n = stopped by signal n, for which the line is `stopped`. A warning is one line, once.
         """
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # it was closed
@@ -129,7 +125,15 @@ class Parser(argparse.ArgumentParser):
                 getattr(sys, name).reconfigure(errors="backslashreplace")
         former = {}
         show_warning = warnings.showwarning
-        warnings.showwarning = _show_warning
+        shown = set()
+
+        def show_once(message: Warning, *place: Any) -> None:
+            line = f"note: {' '.join(str(message).split())}"
+            if line not in shown:
+                print(line, file=sys.stderr)
+            shown.add(line)
+
+        warnings.showwarning = show_once
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)
             if signal.getsignal(number) is signal.SIG_DFL:

@@ -57,7 +57,7 @@ def read_image(path: str | Path) -> Tensor:
         # Pillow warns of large images and of odd metadata.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
             pixels = picture_pixels(picture)
-    except IMAGE_ERRORS as error:
+    except (*IMAGE_ERRORS, Image.DecompressionBombError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: not a readable image ({reason})") from error
     return as_rgb(pixels)
