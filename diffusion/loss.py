@@ -202,7 +202,7 @@ def predictor_loss(
 
     Source: the likelihood is that of Kendall & Gal 2017, arXiv:1703.04977, section 3.
     """
-    frames, log_error, _ = model(start_context, end_context, middle.shape[2])
+    frames, log_error, *_ = model(start_context, end_context, middle.shape[2])
     error = frames - middle
     absolute = error.abs().mean(1, keepdim=True)  # [B,1,M,H,W]
     squared = error.square().mean(1, keepdim=True)

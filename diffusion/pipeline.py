@@ -163,8 +163,7 @@ class MiddleFramePipeline:
                 callback=callback,
                 **settings,
             )
-        middle = prediction.to_middle(residual)
-        # The scale rounds what was clipped.
+        middle = prediction.to_middle(residual) + prediction.detail
         return middle.clamp(-1, 1) if clip_x0 else middle
 
 

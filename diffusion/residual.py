@@ -36,12 +36,15 @@ class Prediction(NamedTuple):
         limit: of residuals, in scales.
         guide: what the model is to see of it, [B,3*C+1,M,H,W]: the frames, both warped ends and
             the expected error.
+        detail: what a sharp guess has more than the frames, in their shape. Samples get it in the
+            end: what is diffused is the error of a mean, which few steps hardly sharpen.
     """
 
     frames: Tensor | float = 0.0
     scale: Tensor | float = 1.0
     limit: float = math.inf
     guide: Tensor | None = None
+    detail: Tensor | float = 0.0
 
     def to_residual(self, middle: Tensor) -> Tensor:
         """What the guess misses of middle frames [B,C,M,H,W], in scales, cut at the limit."""
@@ -78,6 +81,7 @@ def predict(
         scale=ERRORS_PER_SCALE * guess.log_error.exp(),
         limit=RESIDUAL_LIMIT,
         guide=torch.cat([frames, guess.warped, LOG_ERROR_SCALE * guess.log_error], dim=1),
+        detail=guess.sharp - frames,
     )
 
 

@@ -23,7 +23,7 @@ REFERENCE_SAMPLER = {
 # Of a model that refines a prediction: nearest to the truth by ST-LPIPS of all that cost less than
 # 0.8 dB against the prediction (LOG.md).
 REFINING_SAMPLER = {
-    "steps": 5,
+    "steps": 3,
     "spacing": "quadratic",
     "guidance_scale": 1.0,
     "guidance_interval": (0.0, 1.0),

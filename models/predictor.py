@@ -17,6 +17,8 @@ NORM_GROUPS = 4
 # Of the natural logarithm of the expected error: from 0.1 grey levels to half the range.
 LOG_ERROR_RANGE = (-7.0, 0.0)
 FIRST_LOG_ERROR = -3.0
+# Of the mask in sharp frames: 1 = the blend, more = nearer to one end alone; chosen in LOG.md.
+CONTRAST = 2.0
 
 
 class Guess(NamedTuple):
@@ -25,6 +27,7 @@ class Guess(NamedTuple):
     frames: Tensor  # the middle, [B,C,M,H,W] in about [-1, 1]
     log_error: Tensor  # natural log of its expected absolute error, [B,1,M,H,W] in LOG_ERROR_RANGE
     warped: Tensor  # both nearest observed frames, moved to each time, [B,2*C,M,H,W]
+    sharp: Tensor  # the middle with less of a mean in it, as `frames`: what samples show
 
 
 class FramePredictor(nn.Module):
@@ -104,8 +107,14 @@ class FramePredictor(nn.Module):
         frames = torch.lerp(start, end, weight) + correction
         log_error = (log_error + FIRST_LOG_ERROR).clamp(*LOG_ERROR_RANGE)
 
+        # Where the mask is in doubt an arm dissolves between both ends, so sharp frames lean to one
+        # of them. A correction within its expected error only smooths, and is left out.
+        weight = torch.sigmoid(CONTRAST * (mask + cross_fade))
+        is_certain = correction.abs().amax(1, keepdim=True) > log_error.exp()
+        sharp = torch.lerp(start, end, weight) + correction * is_certain
+
         # From [B*M,...] to [B,...,M,H,W].
-        maps = (frames, log_error, torch.cat([start, end], dim=1))
+        maps = (frames, log_error, torch.cat([start, end], dim=1), sharp)
         return Guess(*(x.unflatten(0, (b, num_middle)).transpose(1, 2) for x in maps))
 
     def encode(self, x: Tensor) -> Tensor:

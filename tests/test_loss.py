@@ -50,11 +50,11 @@ class Overconfident(torch.nn.Module):
     def forward(self, start, end, num_middle):
         self.given = (start, end)
         frames = 2 * (start[:, :, -1:] - end[:, :, :1]).expand(-1, -1, num_middle, -1, -1)
-        return Guess(frames, frames[:, :1] - 1, torch.cat([frames, -frames], dim=1))
+        return Guess(frames, frames[:, :1] - 1, torch.cat([frames, -frames], dim=1), frames)
 
     def residual(self, start, middle, end):
         """(middle - prediction) / (2 expected errors), cut at 4."""
-        frames, log_error, _ = self(start, end, middle.shape[2])
+        frames, log_error, *_ = self(start, end, middle.shape[2])
         missed = (middle - frames.clamp(-1, 1)) / (2 * log_error.exp())
         assert missed.abs().max() > 4
         return missed.clamp(-4, 4)
@@ -89,7 +89,7 @@ def test_the_network_loses_dropped_contexts_and_the_predictor_keeps_them(predict
         assert torch.equal(predictor.given[0], start)
         assert torch.equal(predictor.given[1], end)
         x0 = predictor.residual(start, middle, end)
-        frames, log_error, warped = predictor(start, end, 4)
+        frames, log_error, warped, _ = predictor(start, end, 4)
         seen = torch.cat([frames.clamp(-1, 1), warped, log_error / 4], dim=1)
         torch.testing.assert_close(guide, seen)
     assert torch.equal(t, drawn.t)

@@ -50,13 +50,14 @@ def test_a_prediction_is_clipped_and_its_scale_is_twice_the_expected_error():
 
     def predictor(*given):
         assert given == (*ends, 4)
-        return Guess(frames, log_error, torch.cat([frames, frames], dim=1))
+        return Guess(frames, log_error, torch.cat([frames, frames], dim=1), frames + 1)
 
     prediction = predict(predictor, *ends, 4)
     assert torch.equal(prediction.frames, frames.clamp(-1, 1))
     close(prediction.scale, 2 * log_error.exp().detach())
     assert prediction.limit == 4
     assert not prediction.scale.requires_grad
+    close(prediction.frames + prediction.detail, frames + 1)
     seen = torch.cat([frames.clamp(-1, 1), frames, frames, log_error / 4], dim=1)
     assert torch.equal(prediction.guide, seen)
     assert prediction.guide.shape[1] == guide_channels(3)
@@ -102,7 +103,7 @@ def test_a_warp_samples_each_pixel_at_its_place_plus_its_displacement():
 def test_an_untrained_predictor_is_the_cross_fade_whatever_autocast_rounds():
     start, end = contexts(size=40)
     with torch.autocast("cpu", torch.bfloat16):
-        frames, log_error, _ = FramePredictor(width=8)(start, end, 4)
+        frames, log_error, *_ = FramePredictor(width=8)(start, end, 4)
     # A sigmoid of a logit, and a bilinear sample at a pixel's own place.
     torch.testing.assert_close(frames, cross_fade(start, end, 4), rtol=0, atol=3e-5)
     assert torch.equal(log_error, torch.full((2, 1, 4, 40, 40), -3.0))
@@ -114,7 +115,7 @@ def test_frames_are_both_warps_blended_by_time_and_mask_and_corrected():
     # Displacements to the start and to the end, mask, expected error, corrections.
     outputs = torch.tensor([3.0, -1.0, -2.0, 4.0, 0.7, 9.0, 0.1, 0.2, 0.3])
     predictor.out.bias.data = outputs
-    frames, log_error, warped = predictor(start, end, 3)
+    frames, log_error, warped, _ = predictor(start, end, 3)
     from_start = warp(start[:, :, -1], outputs[:2].view(1, 2, 1, 1).expand(2, 2, 8, 8))
     from_end = warp(end[:, :, 0], outputs[2:4].view(1, 2, 1, 1).expand(2, 2, 8, 8))
     for i, time in enumerate((0.25, 0.5, 0.75)):
@@ -125,6 +126,20 @@ def test_frames_are_both_warps_blended_by_time_and_mask_and_corrected():
     assert log_error.eq(0).all()  # the highest
     predictor.out.bias.data = -outputs
     assert predictor(start, end, 3)[1].eq(-7).all()  # the lowest
+
+
+@pytest.mark.parametrize("correction", [0.2, -0.4])
+def test_sharp_frames_lean_to_one_end_and_keep_corrections_beyond_the_expected_error(correction):
+    start, end = contexts()
+    predictor = FramePredictor(width=8)
+    predictor.out.bias.data[4] = 0.7  # the mask
+    predictor.out.bias.data[5] = 3 + math.log(0.3)  # the expected error, 0.3
+    predictor.out.bias.data[7] = correction  # of green
+    sharp = predictor(start, end, 3).sharp
+    kept = torch.tensor([0.0, correction if abs(correction) > 0.3 else 0.0, 0.0]).view(3, 1, 1)
+    for i, time in enumerate((0.25, 0.5, 0.75)):
+        odds = (time / (1 - time) * math.exp(0.7)) ** 2
+        close(sharp[:, :, i], (start[:, :, -1] + odds * end[:, :, 0]) / (1 + odds) + kept)
 
 
 def test_each_frame_is_modulated_by_its_own_time():
@@ -148,11 +163,11 @@ def test_a_predictor_of_any_length_is_told_the_gap():
 def test_a_predictor_takes_any_number_of_frames_and_every_weight_of_it_learns(c, k, size):
     predictor = shaken(FramePredictor(c, k, width=8))
     start, end = contexts(c=c, k=k, size=size)
-    frames, log_error, warped = predictor(start, end, 5)
+    frames, log_error, *others = predictor(start, end, 5)
     assert frames.shape == (2, c, 5, size, size)
     (frames.square().mean() + log_error.mean()).backward()
     for name, weight in predictor.named_parameters():
         assert weight.grad.any(), name
     # Clips of a batch do not see each other.
     single = predictor(start[1:], end[1:], 5)
-    close(tuple(single), (frames[1:], log_error[1:], warped[1:]))
+    close(tuple(single), (frames[1:], log_error[1:], *(x[1:] for x in others)))
