@@ -108,10 +108,11 @@ class FramePredictor(nn.Module):
         log_error = (log_error + FIRST_LOG_ERROR).clamp(*LOG_ERROR_RANGE)
 
         # Where the mask is in doubt an arm dissolves between both ends, so sharp frames lean to one
-        # of them. A correction within its expected error only smooths, and is left out.
-        weight = torch.sigmoid(CONTRAST * (mask + cross_fade))
+        # of them. A correction within the expected error is left out where it only smooths.
+        sharp = torch.lerp(start, end, torch.sigmoid(CONTRAST * (mask + cross_fade)))
         is_certain = correction.abs().amax(1, keepdim=True) > log_error.exp()
-        sharp = torch.lerp(start, end, weight) + correction * is_certain
+        adds_detail = detail_energy(sharp + correction) >= detail_energy(sharp)
+        sharp = sharp + correction * (is_certain | adds_detail)
 
         # From [B*M,...] to [B,...,M,H,W].
         maps = (frames, log_error, torch.cat([start, end], dim=1), sharp)
@@ -135,6 +136,20 @@ def double_conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequ
         ConvNormAct(in_channels, out_channels, stride=stride, groups=NORM_GROUPS),
         ConvNormAct(out_channels, out_channels, groups=NORM_GROUPS),
     )
+
+
+def detail_energy(frames: Tensor) -> Tensor:
+    """Mean square of the differences to the next row and column about each pixel.
+
+    Args:
+        frames: [N,C,H,W].
+
+    Returns: [N,1,H,W], a mean over 5x5 pixels.
+    """
+    rows = F.pad(frames.diff(dim=-2), (0, 0, 0, 1))
+    columns = F.pad(frames.diff(dim=-1), (0, 1))
+    energy = (rows.square() + columns.square()).mean(1, keepdim=True)
+    return F.avg_pool2d(energy, 5, stride=1, padding=2)
 
 
 def warp(frames: Tensor, displacement: Tensor) -> Tensor:

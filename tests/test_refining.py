@@ -128,18 +128,32 @@ def test_frames_are_both_warps_blended_by_time_and_mask_and_corrected():
     assert predictor(start, end, 3)[1].eq(-7).all()  # the lowest
 
 
-@pytest.mark.parametrize("correction", [0.2, -0.4])
-def test_sharp_frames_lean_to_one_end_and_keep_corrections_beyond_the_expected_error(correction):
+def test_sharp_frames_lean_to_one_end():
     start, end = contexts()
     predictor = FramePredictor(width=8)
     predictor.out.bias.data[4] = 0.7  # the mask
-    predictor.out.bias.data[5] = 3 + math.log(0.3)  # the expected error, 0.3
-    predictor.out.bias.data[7] = correction  # of green
     sharp = predictor(start, end, 3).sharp
-    kept = torch.tensor([0.0, correction if abs(correction) > 0.3 else 0.0, 0.0]).view(3, 1, 1)
     for i, time in enumerate((0.25, 0.5, 0.75)):
         odds = (time / (1 - time) * math.exp(0.7)) ** 2
-        close(sharp[:, :, i], (start[:, :, -1] + odds * end[:, :, 0]) / (1 + odds) + kept)
+        close(sharp[:, :, i], (start[:, :, -1] + odds * end[:, :, 0]) / (1 + odds))
+
+
+@pytest.mark.parametrize("expected_error", [0.05, 0.3])
+def test_a_correction_within_the_expected_error_is_left_out_where_it_smooths(expected_error):
+    rows = torch.arange(16)[:, None] % 2
+    stripes = (0.4 * rows - 0.2).expand(1, 1, 2, 16, 16)
+    maps = torch.zeros(1, 7, 16, 16)
+    maps[:, 5] = 3 + math.log(expected_error)
+    # On the left the correction halves the stripes, on the right it doubles them.
+    maps[:, 6] = stripes[0, 0, 0]
+    maps[:, 6, :, :8] *= -0.5
+    predictor = FramePredictor(1, width=8)
+    predictor.out.forward = lambda features: maps
+    frames, *_, sharp = predictor(stripes, stripes, 1)
+    close(frames[0, 0, 0, :, :8], stripes[0, 0, 0, :, :8] / 2)
+    kept = frames if expected_error == 0.05 else stripes
+    close(sharp[0, 0, 0, :, :5], kept[0, 0, 0, :, :5])
+    close(sharp[0, 0, 0, :, 11:], 2 * stripes[0, 0, 0, :, 11:])
 
 
 def test_each_frame_is_modulated_by_its_own_time():
