@@ -18,7 +18,7 @@ NORM_GROUPS = 4
 LOG_ERROR_RANGE = (-7.0, 0.0)
 FIRST_LOG_ERROR = -3.0
 # Of the mask in sharp frames: 1 = the blend, more = nearer to one end alone; chosen in LOG.md.
-CONTRAST = 2.0
+CONTRAST = 2.25
 
 
 class Guess(NamedTuple):
