@@ -134,7 +134,7 @@ def test_sharp_frames_lean_to_one_end():
     predictor.out.bias.data[4] = 0.7  # the mask
     sharp = predictor(start, end, 3).sharp
     for i, time in enumerate((0.25, 0.5, 0.75)):
-        odds = (time / (1 - time) * math.exp(0.7)) ** 2.25.25
+        odds = (time / (1 - time) * math.exp(0.7)) ** 2.25
         close(sharp[:, :, i], (start[:, :, -1] + odds * end[:, :, 0]) / (1 + odds))
 
 
