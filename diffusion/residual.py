@@ -36,8 +36,8 @@ class Prediction(NamedTuple):
         limit: of residuals, in scales.
         guide: what the model is to see of it, [B,3*C+1,M,H,W]: the frames, both warped ends and
             the expected error.
-        detail: what a sharp guess has more than the frames, in their shape. Samples get it in the
-            end: what is diffused is the error of a mean, which few steps hardly sharpen.
+        detail: what the sharp guess adds to the frames, [B,C,M,H,W]. It is added to a sample in
+            the end, as few steps of diffusion hardly sharpen a mean.
     """
 
     frames: Tensor | float = 0.0

@@ -20,7 +20,7 @@ REFERENCE_SAMPLER = {
     "guidance_interval": (0.0, 1.0),
     "eta": 0.0,
 }
-# Of a model that refines a prediction: nearest to the truth by ST-LPIPS of all that cost less than
+# Of a model that refines a prediction: nearest to the truth by ST-LPIPS of all that cost up to
 # 0.8 dB against the prediction (LOG.md).
 REFINING_SAMPLER = {
     "steps": 3,
