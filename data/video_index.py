@@ -25,7 +25,7 @@ DEFAULT_CACHE_DIR = "outputs/cache"
 # A folder with one of these words in its name, as in "train_256", holds the files of a split.
 SPLITS = {
     "train": {"train", "training"},
-    "val": {"val", "valid", "validation", "eval", "dev"},
+    "val": {"val", "valid", "validation", "eval", "dev", "holdout", "held"},
     "test": {"test", "testing"},
 }
 INDEX_VERSION = 3  # change it whenever VideoInfo or its meaning changes
@@ -96,11 +96,11 @@ def find_videos(root: str | Path, log: Log = lambda text: None) -> list[Path]:
 
 
 def split_of(name: Path) -> str | None:
-    """The split that one of the two upper folders of a path below the root names, if any.
+    """The split that one of the folders of a path below the root names, if any.
 
-    Of two such folders the one of fewer words counts: "training_videos/val" holds "val".
+    Of several such folders the one of fewest words counts: "training_videos/val" holds "val".
     """
-    words = [re.findall("[a-z]+", folder.lower()) for folder in name.parts[:-1][:2]]
+    words = [re.findall("[a-z]+", folder.lower()) for folder in name.parts[:-1]]
     for folder in sorted(words, key=len):
         found = [split for split, names in SPLITS.items() if names.intersection(folder)]
         if len(found) == 1:  # "train_val" names none

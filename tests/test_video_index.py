@@ -58,6 +58,7 @@ def test_every_mp4_is_found_once_through_links_and_loops(tmp_path):
         ("train_val/train", "train_val/val"),
         ("training_videos/train", "training_videos/val"),
         ("a/train", "a/Testing"),
+        ("a/b/c/train", "a/b/c/held-out"),
     ],
 )
 def test_named_folders_are_the_splits_and_a_file_in_both_is_held_out(make_mp4, prepare, folders):
