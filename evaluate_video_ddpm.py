@@ -194,9 +194,12 @@ def evaluate(args: argparse.Namespace) -> None:
         pipe = MiddleFramePipeline.from_checkpoint(args.ckpt, args.device)
     device = pipe.device if pipe else resolve_device(args.device)
     is_published = args.protocol != "native"
-    args.split = args.split or ("val" if pipe else "all")
     if args.protocol == "smmnist":
-        args.split = "test"  # its own clips
+        if args.split:
+            rule = "--split must be left out: --protocol smmnist draws its own clips"
+            raise ValueError(f"{rule} (got {args.split})")
+        args.split = "test"
+    args.split = args.split or ("val" if pipe else "all")
     if args.baselines is None:
         args.baselines = [*BASELINES]
         if args.protocol != "smmnist":

@@ -118,6 +118,9 @@ def test_digits_are_trained_on_and_scored_as_published(tmp_path, capsys):
     with pytest.raises(SystemExit):
         sample_video_ddpm.main(["--ckpt", str(tmp_path / "run" / "last.pt")])
     check_refusal(capsys, "--data_root", "--protocol smmnist")
+    with pytest.raises(SystemExit):
+        evaluate_video_ddpm.main(f"{score} --split train".split())
+    check_refusal(capsys, "--split", "--protocol smmnist", "got train")
     report = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert report["clips"] == 8 and report["settings"]["split"] == "test"
     # Each score from its definition: the black row of the clips themselves.
