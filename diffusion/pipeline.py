@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import WHITE, NoiseConfig
-from diffusion.residual import predict
+from diffusion.residual import predict, smooth_colours
 from diffusion.sampler import (
     REFERENCE_SAMPLER,
     REFINING_SAMPLER,
@@ -163,6 +163,8 @@ class MiddleFramePipeline:
                 callback=callback,
                 **settings,
             )
+        if self.predictor is not None:
+            residual = smooth_colours(residual)
         middle = prediction.to_middle(residual) + prediction.detail
         return middle.clamp(-1, 1) if clip_x0 else middle
 

@@ -9,7 +9,7 @@ from test_checkpoint import stored_network
 from test_model import close, shaken
 
 from diffusion.noise import generator_for
-from diffusion.residual import Prediction, guide_channels, predict
+from diffusion.residual import Prediction, guide_channels, predict, smooth_colours
 from models.predictor import FramePredictor, Guess, warp
 from train_video_ddpm import build_parser
 from training.objective import build_network, crop_size, pick_objective
@@ -61,6 +61,18 @@ def test_a_prediction_is_clipped_and_its_scale_is_twice_the_expected_error():
     seen = torch.cat([frames.clamp(-1, 1), frames, frames, log_error / 4], dim=1)
     assert torch.equal(prediction.guide, seen)
     assert prediction.guide.shape[1] == guide_channels(3)
+
+
+def test_colours_are_averaged_over_five_pixels_and_brightness_stays():
+    residual = noise(2, 3, 4, 7, 6)
+    smooth = smooth_colours(residual)
+    close(smooth.mean(1), residual.mean(1))
+    colours = residual - residual.mean(1, keepdim=True)
+    near = colours[1, 2, 3, 1:6, :5]  # about row 3 and column 2
+    close(smooth[1, 2, 3, 3, 2] - residual[1, :, 3, 3, 2].mean(), near.mean())
+    corner = colours[0, 1, 0, :3, :3]  # the edge has fewer neighbours
+    close(smooth[0, 1, 0, 0, 0] - residual[0, :, 0, 0, 0].mean(), corner.mean())
+    assert torch.equal(smooth_colours(residual[:, :1]), residual[:, :1])  # gray frames
 
 
 def test_refining_is_trained_on_half_of_each_side_and_frames_on_whole_ones():
