@@ -54,7 +54,7 @@ OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T"
 REFINING = {
     "cfg_drop_prob": 0.0,
     "temporal_loss_weight": 0.0,
-    "vis_steps": 3,
+    "vis_steps": 2,
     "vis_guidance_scale": 1.0,
 }
 # A predictor is trained by regression, then diffusion learns what it misses; values from LOG.md.
@@ -89,7 +89,7 @@ PRESETS = {
             "log_every": 50,
         },
         "predictor": {
-            "epochs": 34,
+            "epochs": 50,
         },
         "diffusion": {
             **REFINING,

@@ -1,8 +1,13 @@
 """The two training objectives, `diffusion_loss` and `predictor_loss`; a run has one of them.
 
+A predictor's code stands for what the ends leave open. Of a few codes drawn for a clip the one
+whose guess comes nearest learns that clip (Li & Malik 2018, arXiv:1809.09087), and diffusion learns
+what its guess misses.
+
 Both take (model, start_context, middle, end_context, generator) and return a loss per clip.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +29,8 @@ from diffusion.schedule import DiffusionSchedule
 SQUARED_WEIGHT = 2.0
 # Of the likelihood that learns the expected error; it reaches the features, not the frames.
 ERROR_WEIGHT = 0.1
+# Per clip, of which the nearest is taken.
+DRAWN_CODES = 4
 # The least that a predictor may expect; taken off, so that no loss is negative.
 LOWEST_LOG_ERROR = -7.0
 # Validation sees about this many (clip, t) pairs, so that few clips cover the noise levels, but
@@ -60,9 +67,8 @@ def sample_training_noise(
     Several processes draw from equal generators for all their clips and keep a part each: what a
     single process would have drawn.
     """
-    number, parts = task.part
     b, c, m, h, w = x0.shape
-    total = b * parts
+    total = b * task.part[1]
     device = generator.device
     t = torch.randint(task.schedule.timesteps, (total,), generator=generator, device=device)
     eps = torch.randn(total, c, m, h, w, generator=generator, device=device)
@@ -71,12 +77,12 @@ def sample_training_noise(
     if task.noise.offset:
         constant = torch.randn(total, c, 1, 1, 1, generator=generator, device=device)
         eps += task.noise.offset * constant
-    mine = slice(number * b, (number + 1) * b)
-    return TrainingNoise(
-        t=t[mine].to(x0.device),
-        eps=eps[mine].to(x0.device),
-        dropped=dropped[mine].to(x0.device),
-    )
+    return TrainingNoise(*(part_of(draw, task.part).to(x0.device) for draw in (t, eps, dropped)))
+
+
+def part_of(draw: Tensor, part: tuple[int, int]) -> Tensor:
+    """What a process keeps of a draw for the clips of all: the part of that number."""
+    return draw.chunk(part[1])[part[0]]
 
 
 def crop_where_unsure(
@@ -159,14 +165,19 @@ def diffusion_loss(
         start_context: [B,C,K,H,W] in [-1, 1], as `end_context`.
         middle: true frames, [B,C,M,H,W] in [-1, 1].
     """
-    prediction = predict(task.predictor, start_context, end_context, middle.shape[2])
+    code = None
+    if task.predictor is not None:
+        codes = draw_codes(len(middle), task.predictor.code_size, generator, task.part).to(
+            middle.device
+        )
+        code = nearest_code(task.predictor, start_context, middle, end_context, codes)
+    prediction = predict(task.predictor, start_context, end_context, middle.shape[2], code)
     x0 = prediction.to_residual(middle)
     guide = prediction.guide
     if task.crop is not None:
-        number, parts = task.part
-        b = len(middle)
-        share = torch.rand(b * parts, generator=generator, device=generator.device)
-        share = share[number * b : (number + 1) * b].to(middle.device)
+        clips = len(middle) * task.part[1]
+        share = torch.rand(clips, generator=generator, device=generator.device)
+        share = part_of(share, task.part).to(middle.device)
         whole = (start_context, end_context, x0, guide)
         start_context, end_context, x0, guide = crop_where_unsure(
             prediction.scale, task.crop, share, whole
@@ -187,28 +198,81 @@ def diffusion_loss(
     )
 
 
-def predictor_loss(
-    model: nn.Module,
-    start_context: Tensor,
-    middle: Tensor,
-    end_context: Tensor,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """The predictor's regression loss: of its frames and of its expected error; nothing is random.
+def guess_losses(guess: Sequence[Tensor], middle: Tensor) -> Tensor:
+    """The error of a guess (frames, log_error, ...) and of its expected error, [B].
 
     The expected error is learned as the width of a Laplace distribution, by its likelihood of the
     error. The loss is 0 for exact frames that are expected to be exact, and never negative.
-    `model` is (start_context, end_context, M) -> Guess, as FramePredictor.
 
     Source: the likelihood is that of Kendall & Gal 2017, arXiv:1703.04977, section 3.
     """
-    frames, log_error, *_ = model(start_context, end_context, middle.shape[2])
+    frames, log_error, *_ = guess
     error = frames - middle
     absolute = error.abs().mean(1, keepdim=True)  # [B,1,M,H,W]
     squared = error.square().mean(1, keepdim=True)
     likelihood = absolute.detach() * (-log_error).exp() + log_error - LOWEST_LOG_ERROR
     loss = absolute + SQUARED_WEIGHT * squared + ERROR_WEIGHT * likelihood
     return loss.flatten(1).mean(1)
+
+
+def draw_codes(
+    clips: int, code_size: int, generator: torch.Generator, part: tuple[int, int] = (0, 1)
+) -> Tensor:
+    """Codes of which the nearest is to be found, [B,DRAWN_CODES,code_size]."""
+    shape = (clips * part[1], DRAWN_CODES, code_size)
+    return part_of(torch.randn(shape, generator=generator, device=generator.device), part)
+
+
+@torch.no_grad()
+def nearest_code(
+    predictor: nn.Module,
+    start_context: Tensor,
+    middle: Tensor,
+    end_context: Tensor,
+    codes: Tensor,
+) -> Tensor:
+    """Of the codes of each clip, [B,N,code_size], the one with the least loss, [B,code_size]."""
+    b, n, _ = codes.shape
+    start, truth, end = (
+        x.repeat_interleave(n, dim=0) for x in (start_context, middle, end_context)
+    )
+    losses = guess_losses(predictor(start, end, truth.shape[2], codes.flatten(0, 1)), truth)
+    nearest = losses.view(b, n).argmin(1)
+    return codes[torch.arange(b, device=codes.device), nearest]
+
+
+def predictor_loss(
+    model: nn.Module,
+    start_context: Tensor,
+    middle: Tensor,
+    end_context: Tensor,
+    generator: torch.Generator,
+    *,
+    code_size: int,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """The predictor's regression loss: every second clip is learned by the nearest of its codes.
+
+    The others are learned by the code of zeros, which so becomes the mean. `model` is
+    (start_context, end_context, M, code) -> Guess, as FramePredictor.
+    """
+    codes = draw_codes(len(middle), code_size, generator, part).to(middle.device)
+    code = torch.zeros_like(codes[:, 0])
+    clips = (start_context, middle, end_context, codes)
+    code[1::2] = nearest_code(model, *(x[1::2] for x in clips))
+    return guess_losses(model(start_context, end_context, middle.shape[2], code), middle)
+
+
+@torch.no_grad()
+def predictor_validation_losses(
+    model: nn.Module,
+    start_context: Tensor,
+    middle: Tensor,
+    end_context: Tensor,
+    clips: range,
+) -> Tensor:
+    """Losses of the mean guess of held-out clips, [B]; nothing is random."""
+    return guess_losses(model(start_context, end_context, middle.shape[2]), middle)
 
 
 @torch.no_grad()
@@ -232,7 +296,15 @@ def diffusion_validation_losses(
     Returns: [B * draws].
     """
     draws = min(-(-VALIDATION_PAIRS // total_clips), VALIDATION_DRAWS)
-    prediction = predict(task.predictor, start_context, end_context, middle.shape[2])
+    code = None
+    if task.predictor is not None:
+        # A stream of its own for each clip, after those of the pairs.
+        streams = [generator_for(seed, VALIDATION, draws * total_clips + clip) for clip in clips]
+        size = task.predictor.code_size
+        codes = torch.cat([draw_codes(1, size, stream) for stream in streams])
+        codes = codes.to(middle.device)
+        code = nearest_code(task.predictor, start_context, middle, end_context, codes)
+    prediction = predict(task.predictor, start_context, end_context, middle.shape[2], code)
     x0 = prediction.to_residual(middle)
     losses = []
     for draw in range(draws):

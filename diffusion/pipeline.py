@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.noise import WHITE, NoiseConfig
-from diffusion.residual import predict, smooth_colours
+from diffusion.noise import WHITE, NoiseConfig, generators_per_clip
+from diffusion.residual import predict, sample_codes, smooth_colours
 from diffusion.sampler import (
     REFERENCE_SAMPLER,
     REFINING_SAMPLER,
@@ -145,9 +145,13 @@ class MiddleFramePipeline:
 
         # Predict, and sample what the prediction misses.
         with autocast(self.device, self.amp_dtype):
-            prediction = predict(self.predictor, start, end, num_middle)
             if settings["steps"] == 0:
-                return prediction.frames
+                return predict(self.predictor, start, end, num_middle).frames
+            code = None
+            if self.predictor is not None:
+                generator = generators_per_clip(generator, len(start))
+                code = sample_codes(self.predictor, generator, self.device)
+            prediction = predict(self.predictor, start, end, num_middle, code)
             residual = sample_middle(
                 self.model,
                 self.schedule,

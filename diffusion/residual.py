@@ -11,6 +11,7 @@ Source: Whang et al. 2022, arXiv:2112.02475; Mardani et al. 2023, arXiv:2309.152
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,11 @@ class Prediction(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    predictor: nn.Module | None, start_context: Tensor, end_context: Tensor, num_middle: int
+    predictor: nn.Module | None,
+    start_context: Tensor,
+    end_context: Tensor,
+    num_middle: int,
+    code: Tensor | None = None,
 ) -> Prediction:
     """The frozen predictor's guess, clipped to [-1, 1]; the trivial one without a predictor.
 
@@ -72,10 +77,11 @@ def predict(
         start_context: [B,C,K,H,W] in [-1, 1].
         end_context: the same shape.
         num_middle: frames M to predict.
+        code: of the predictor, [B,code_size]; None = the mean.
     """
     if predictor is None:
         return Prediction()
-    guess = predictor(start_context, end_context, num_middle)
+    guess = predictor(start_context, end_context, num_middle, code)
     frames = guess.frames.clamp(-1, 1)
     return Prediction(
         frames=frames,
@@ -84,6 +90,14 @@ def predict(
         guide=torch.cat([frames, guess.warped, LOG_ERROR_SCALE * guess.log_error], dim=1),
         detail=guess.sharp - frames,
     )
+
+
+def sample_codes(
+    predictor: nn.Module, generators: Sequence[torch.Generator], device: torch.device
+) -> Tensor:
+    """A code for each generator's sample, [B,code_size]; nearer to the mean than in training."""
+    codes = [torch.randn(predictor.code_size, generator=g, device=g.device) for g in generators]
+    return predictor.code_scale * torch.stack(codes).to(device)
 
 
 def smooth_colours(residual: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ REFERENCE_SAMPLER = {
 # Of a model that refines a prediction: nearest to the truth by ST-LPIPS of all that cost up to
 # 0.8 dB against the prediction (LOG.md).
 REFINING_SAMPLER = {
-    "steps": 3,
+    "steps": 2,
     "spacing": "quadratic",
     "guidance_scale": 1.0,
     "guidance_interval": (0.0, 1.0),

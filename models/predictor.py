@@ -10,15 +10,18 @@ from torch import Tensor, nn
 from models.modules.layers import ConvNormAct, zero_module
 from models.modules.temporal_attention import sinusoidal_embedding
 
-WIDTH_MULTS = (1, 2, 4, 4)
-# With the denoiser's 32 groups, each of the 32 channels at full size would be normed by itself,
-# which erases its level and costs 1.3 dB (LOG.md).
+# With the denoiser's 32 groups, each pair of channels would be normed by itself, which erases its
+# level; at full size this cost 1.3 dB (LOG.md).
 NORM_GROUPS = 4
 # Of the natural logarithm of the expected error: from 0.1 grey levels to half the range.
 LOG_ERROR_RANGE = (-7.0, 0.0)
 FIRST_LOG_ERROR = -3.0
-# Of the mask in sharp frames: 1 = the blend, more = nearer to one end alone; chosen in LOG.md.
-CONTRAST = 2.25
+# Displacements of each end, and the logarithm of the second one's weight at first: equal ones
+# would learn the same.
+WARPS = 2
+SECOND_WARP = -2.0
+# Of the energy of details: a tenth of a grey level between neighbours.
+ROUNDING = 1e-6
 
 
 class Guess(NamedTuple):
@@ -33,16 +36,22 @@ class Guess(NamedTuple):
 class FramePredictor(nn.Module):
     """Warps the nearest observed frames to each time between, blends them, adds a correction.
 
-    A 2-D U-Net sees all observed frames as channels. Its features, modulated by the time of a
-    middle frame, give that frame's two displacements, blending mask, correction and expected
-    error. An untrained predictor is the cross-fade.
+    A 2-D U-Net sees all observed frames as channels. At a quarter of the side its features are
+    modulated by the time of a middle frame and by a code; from there each frame is decoded by
+    itself into displacements, blending weights, a correction and its expected error. The code of
+    zeros gives the mean, any other one way in which the middle may have gone. An untrained
+    predictor is the cross-fade.
 
     Args:
         image_channels: C, 3 or 1.
         endpoint_context: observed frames K at each end.
-        width: channels at full size.
+        width: channels at half of the side.
         any_length: whether a channel tells the length of the gap, for training on several.
+        code_size: numbers in a code.
+        contrast: of the weights in sharp frames: 1 = the blend, more = nearer to one warp alone.
+        code_scale: deviation of the codes of samples; more = samples differ more.
 
+    The last two leave training and `frames` as they are; LOG.md says how they were chosen.
     Source: warps from both ends and a mask, as in Huang et al. 2022, arXiv:2011.06294 (RIFE).
     """
 
@@ -50,84 +59,131 @@ class FramePredictor(nn.Module):
         self,
         image_channels: int = 3,
         endpoint_context: int = 2,
-        width: int = 32,
+        width: int = 64,
         any_length: bool = False,
+        code_size: int = 8,
+        contrast: float = 2.0,
+        code_scale: float = 0.7,
     ):
         super().__init__()
         self.image_channels = image_channels
         self.endpoint_context = endpoint_context
         self.width = width
         self.any_length = any_length
-        widths = [width * mult for mult in WIDTH_MULTS]
-        inputs = [2 * endpoint_context * image_channels + any_length, *widths[:-1]]
-        self.down = nn.ModuleList(
-            double_conv(channels, below, stride=1 if level == 0 else 2)
-            for level, (channels, below) in enumerate(zip(inputs, widths, strict=True))
-        )
-        self.up = nn.ModuleList(
-            double_conv(below + above, above)
-            for above, below in reversed(list(zip(widths[:-1], widths[1:], strict=True)))
-        )
-        self.time = nn.Linear(width, 2 * width)
-        # Two displacements (x, y), a mask, an expected error, a correction of each channel.
-        self.out = zero_module(nn.Conv2d(width, 6 + image_channels, 3, padding=1))
+        self.code_size = code_size
+        self.contrast = contrast
+        self.code_scale = code_scale
+        wide = 2 * width
+        pixels = 4 * 2 * endpoint_context * image_channels  # of 2x2 blocks
 
-    def forward(self, start_context: Tensor, end_context: Tensor, num_middle: int) -> Guess:
+        # The encoder sees all observed frames at once.
+        self.at_half = double_conv(pixels + any_length, width)
+        self.at_quarter = double_conv(width, wide, stride=2)
+        self.at_eighth = double_conv(wide, wide, stride=2)
+        self.deep = double_conv(wide, wide)
+        self.up = ConvNormAct(wide, wide, groups=NORM_GROUPS)
+
+        # The decoder makes each frame by itself.
+        self.modulation = nn.Linear(width + code_size, 2 * wide)
+        self.frame_at_quarter = double_conv(wide, wide)
+        self.to_half = nn.Conv2d(wide, width, 1)
+        self.skip = nn.Conv2d(width, width, 1)
+        self.frame_at_half = double_conv(width, width)
+        # At half of the side the displacements (x, y) of both ends; at full size the weights of
+        # the warps, an expected error, and a correction of each channel.
+        full_size = 2 * WARPS + 1 + image_channels
+        self.out = zero_module(nn.Conv2d(width, 4 * WARPS + 4 * full_size, 3, padding=1))
+
+    def forward(
+        self,
+        start_context: Tensor,
+        end_context: Tensor,
+        num_middle: int,
+        code: Tensor | None = None,
+    ) -> Guess:
         """Predict the middle frames and how far off each pixel is expected to be.
 
         Args:
             start_context: [B,C,K,H,W] in [-1, 1], sides of 8 pixels or more.
             end_context: the same shape.
             num_middle: frames M to predict.
+            code: which of the possible middles, about normally distributed, [B,code_size]; None
+                = zeros, their mean.
         """
-        b = len(start_context)
-        observed = torch.cat([start_context, end_context], dim=2).flatten(1, 2)  # [B,2*K*C,H,W]
-        if self.any_length:
-            gap = torch.full_like(observed[:, :1], math.log2(num_middle + 1) / 4)
-            observed = torch.cat([observed, gap], dim=1)
-        features = self.encode(observed)  # [B,width,H,W]
-
-        # Modulate the features by the time of each middle frame, 0 at the start and 1 at the end.
-        times = torch.arange(1, num_middle + 1, device=features.device) / (num_middle + 1)  # [M]
-        embedding = sinusoidal_embedding(100 * times, self.width).to(features.dtype)
-        scale, shift = self.time(embedding)[:, :, None, None].chunk(2, dim=1)  # [M,width,1,1]
-        maps = F.silu(features[:, None] * (1 + scale) + shift).flatten(0, 1)  # [B*M,width,H,W]
-        maps = self.out(maps).float()  # [B*M,6+C,H,W]
-        to_start, to_end, mask, log_error, correction = maps.split(
-            [2, 2, 1, 1, self.image_channels], dim=1
+        b, *_, h, w = start_context.shape
+        if code is None:
+            code = start_context.new_zeros(b, self.code_size)
+        times = torch.arange(1, num_middle + 1, device=code.device) / (num_middle + 1)  # [M]
+        half, quarter = self.encode(start_context, end_context, num_middle)
+        motion, maps = self.decode(half, quarter, times, code)
+        motion = motion[..., :h, :w]
+        weights, log_error, correction = maps[..., :h, :w].split(
+            [2 * WARPS, 1, self.image_channels], dim=1
         )
 
-        # Warp both nearest frames and blend them; a mask of zero is the cross-fade's weight.
+        # Warp both nearest frames; weights of zero are the cross-fade's.
         start = start_context[:, :, -1].float().repeat_interleave(num_middle, dim=0)  # [B*M,C,H,W]
         end = end_context[:, :, 0].float().repeat_interleave(num_middle, dim=0)
-        cross_fade = torch.logit(times).repeat(b)[:, None, None, None]
-        weight = torch.sigmoid(mask + cross_fade)
-        start = warp(start, to_start)
-        end = warp(end, to_end)
-        frames = torch.lerp(start, end, weight) + correction
+        ends = [start] * WARPS + [end] * WARPS
+        warps = torch.stack(
+            [warp(*pair) for pair in zip(ends, motion.split(2, dim=1), strict=True)]
+        )
+        first = SECOND_WARP * torch.arange(WARPS, device=times.device)
+        cross_fade = torch.stack([(1 - times).log(), times.log()], dim=1)  # [M,2]
+        cross_fade = (cross_fade[:, :, None] + first).flatten(1)  # [M,2*WARPS]
+        weights = weights + cross_fade.repeat(b, 1)[:, :, None, None]
+        frames = blend(warps, weights) + correction
         log_error = (log_error + FIRST_LOG_ERROR).clamp(*LOG_ERROR_RANGE)
+        # What a reader of the guess sees of each end: its warps by their weights.
+        warped = [
+            blend(side, weight)
+            for side, weight in zip(warps.chunk(2), weights.chunk(2, dim=1), strict=True)
+        ]
 
-        # Where the mask is in doubt an arm dissolves between both ends, so sharp frames lean to one
-        # of them. A correction within the expected error is left out where it only smooths.
-        sharp = torch.lerp(start, end, torch.sigmoid(CONTRAST * (mask + cross_fade)))
-        is_certain = correction.abs().amax(1, keepdim=True) > log_error.exp()
-        adds_detail = detail_energy(sharp + correction) >= detail_energy(sharp)
-        sharp = sharp + correction * (is_certain | adds_detail)
+        # Where the weights are in doubt an arm dissolves between warps, so sharp frames lean to one
+        # of them, and a correction that smooths them is left out.
+        sharp = blend(warps, self.contrast * weights)
+        smooths = detail_energy(sharp + correction) < detail_energy(sharp) - ROUNDING
+        sharp = sharp + correction * ~smooths
 
         # From [B*M,...] to [B,...,M,H,W].
-        maps = (frames, log_error, torch.cat([start, end], dim=1), sharp)
+        maps = (frames, log_error, torch.cat(warped, dim=1), sharp)
         return Guess(*(x.unflatten(0, (b, num_middle)).transpose(1, 2) for x in maps))
 
-    def encode(self, x: Tensor) -> Tensor:
-        """The U-Net: observed frames as channels [B,2*K*C,H,W] -> [B,width,H,W]."""
-        skips = []
-        for down in self.down:
-            x = down(x)
-            skips.append(x)
-        for up, skip in zip(self.up, reversed(skips[:-1]), strict=True):
-            x = F.interpolate(x, size=skip.shape[-2:], mode="nearest")
-            x = up(torch.cat([x, skip], dim=1))
-        return x
+    def encode(
+        self, start_context: Tensor, end_context: Tensor, num_middle: int
+    ) -> tuple[Tensor, Tensor]:
+        """Features of a clip: [B,width,H/2,W/2] and [B,2*width,H/4,W/4], rounded up."""
+        observed = torch.cat([start_context, end_context], dim=2).flatten(1, 2)  # [B,2*K*C,H,W]
+        h, w = observed.shape[-2:]
+        observed = F.pad(observed, (0, w % 2, 0, h % 2), mode="replicate")
+        blocks = F.pixel_unshuffle(observed, 2)
+        if self.any_length:
+            gap = torch.full_like(blocks[:, :1], math.log2(num_middle + 1) / 4)
+            blocks = torch.cat([blocks, gap], dim=1)
+        half = self.at_half(blocks)
+        quarter = self.at_quarter(half)
+        eighth = self.at_eighth(quarter)
+        eighth = eighth + self.deep(eighth)
+        above = F.interpolate(eighth, size=quarter.shape[-2:], mode="nearest")
+        return half, self.up(above + quarter)
+
+    def decode(
+        self, half: Tensor, quarter: Tensor, times: Tensor, code: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Displacements [B*M,4*WARPS,H,W] in pixels, and all maps of full size [B*M,...,H,W]."""
+        b, m = len(code), len(times)
+        embedding = sinusoidal_embedding(100 * times, self.width).to(quarter.dtype)
+        given = torch.cat([embedding.repeat(b, 1), code.repeat_interleave(m, dim=0)], dim=1)
+        scale, shift = self.modulation(given)[:, :, None, None].chunk(2, dim=1)  # [B*M,wide,1,1]
+        maps = quarter.repeat_interleave(m, dim=0)
+        maps = self.frame_at_quarter(F.silu(maps * (1 + scale) + shift))
+        maps = F.interpolate(self.to_half(maps), size=half.shape[-2:], mode="nearest")
+        maps = self.frame_at_half(maps + self.skip(half).repeat_interleave(m, dim=0))
+        maps = self.out(maps).float()
+        motion, maps = maps.split([4 * WARPS, maps.shape[1] - 4 * WARPS], dim=1)
+        motion = F.interpolate(motion, scale_factor=2, mode="bilinear")
+        return motion, F.pixel_shuffle(maps, 2)
 
 
 def double_conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
@@ -136,6 +192,11 @@ def double_conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequ
         ConvNormAct(in_channels, out_channels, stride=stride, groups=NORM_GROUPS),
         ConvNormAct(out_channels, out_channels, groups=NORM_GROUPS),
     )
+
+
+def blend(warps: Tensor, weights: Tensor) -> Tensor:
+    """The mean of warps [N,B,C,H,W] by the softmax of weights [B,N,H,W]: [B,C,H,W]."""
+    return (warps * weights.softmax(dim=1).movedim(1, 0)[:, :, None]).sum(0)
 
 
 def detail_energy(frames: Tensor) -> Tensor:

@@ -159,11 +159,11 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def narrow_predictor():
-    """Predictors of an eighth of the width, for the tests of a module."""
+    """Predictors of a sixteenth of the width, for the tests of a module."""
     from models.predictor import FramePredictor
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FramePredictor.__init__, "__defaults__", (3, 2, 4))
+        patch.setattr(FramePredictor.__init__, "__defaults__", (3, 2, 4, False, 8, 2.0, 0.7))
         yield
 
 

@@ -198,7 +198,7 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
 
 def test_steps_times_guidance_and_the_prediction_are_rows(evaluate, ckpt, tmp_path):
     # The checkpoint, with an untrained predictor to refine around.
-    config = {"image_channels": 3, "endpoint_context": 2, "width": 8}
+    config = {"image_channels": 3, "endpoint_context": 2, "width": 4}
     predictor = {"config": config, "weights": FramePredictor(**config).state_dict()}
     path = tmp_path / "refining.pt"
     stored = load_checkpoint(ckpt)

@@ -13,7 +13,11 @@ from diffusion.loss import (
     crop_where_unsure,
     diffusion_loss,
     diffusion_validation_losses,
+    draw_codes,
+    guess_losses,
+    nearest_code,
     predictor_loss,
+    predictor_validation_losses,
     sample_training_noise,
     velocity_loss,
 )
@@ -45,16 +49,21 @@ class Recorder(torch.nn.Module):
 
 
 class Overconfident(torch.nn.Module):
-    """A predictor that is sure, and often wrong; it remembers its contexts."""
+    """A predictor that is sure, and often wrong; it remembers what it was given."""
 
-    def forward(self, start, end, num_middle):
-        self.given = (start, end)
+    code_size = 8
+
+    def forward(self, start, end, num_middle, code=None):
+        self.given = (start, end, code)
         frames = 2 * (start[:, :, -1:] - end[:, :, :1]).expand(-1, -1, num_middle, -1, -1)
+        if code is not None:
+            frames = frames + 0.1 * code[:, :1, None, None, None]
         return Guess(frames, frames[:, :1] - 1, torch.cat([frames, -frames], dim=1), frames)
 
-    def residual(self, start, middle, end):
-        """(middle - prediction) / (2 expected errors), cut at 4."""
-        frames, log_error, *_ = self(start, end, middle.shape[2])
+    def residual(self, start, middle, end, codes):
+        """(middle - prediction) / (2 expected errors), cut at 4, of each clip's nearest code."""
+        code = nearest_code(self, start, middle, end, codes)
+        frames, log_error, *_ = self(start, end, middle.shape[2], code)
         missed = (middle - frames.clamp(-1, 1)) / (2 * log_error.exp())
         assert missed.abs().max() > 4
         return missed.clamp(-4, 4)
@@ -83,15 +92,17 @@ def test_the_network_loses_dropped_contexts_and_the_predictor_keeps_them(predict
     model = Recorder()
     losses = diffusion_loss(model, start, middle, end, generator(1), task=task)
     x_t, t, seen_start, seen_end, guide = model.given
-    drawn = sample_training_noise(middle, generator(1), task)
+    stream = generator(1)
     x0 = middle
     if predictor is not None:
-        assert torch.equal(predictor.given[0], start)
-        assert torch.equal(predictor.given[1], end)
-        x0 = predictor.residual(start, middle, end)
-        frames, log_error, warped, _ = predictor(start, end, 4)
+        given_start, given_end, code = predictor.given
+        assert torch.equal(given_start, start)
+        assert torch.equal(given_end, end)
+        x0 = predictor.residual(start, middle, end, draw_codes(6, 8, stream))
+        frames, log_error, warped, _ = predictor(start, end, 4, code)
         seen = torch.cat([frames.clamp(-1, 1), warped, log_error / 4], dim=1)
         torch.testing.assert_close(guide, seen)
+    drawn = sample_training_noise(middle, stream, task)
     assert torch.equal(t, drawn.t)
     torch.testing.assert_close(x_t, SCHEDULE.add_noise(x0, drawn.eps, t))
     assert 0 < drawn.dropped.sum() < 6
@@ -144,8 +155,8 @@ def test_refining_learns_on_windows_and_processes_share_their_draw():
 
 
 def test_windows_lie_where_the_predictor_is_unsure(monkeypatch):
-    def unsure_in_a_corner(self, start, end, num_middle):
-        guess = guess_surely(self, start, end, num_middle)
+    def unsure_in_a_corner(self, *given):
+        guess = guess_surely(self, *given)
         guess.log_error[:] = -7.0
         guess.log_error[..., 6:, 6:] = 0.0
         return guess
@@ -163,7 +174,7 @@ def test_the_expected_error_is_learned_as_the_width_of_a_laplace_distribution():
     middle = batch()[1]
     frames = (middle + 0.2).requires_grad_()
     log_error = torch.zeros(3, 1, 4, 8, 8, requires_grad=True)
-    loss = predictor_loss(lambda *given: (frames, log_error, None), None, middle, None)
+    loss = guess_losses((frames, log_error), middle)
     # |error| + 2 error^2 + 0.1 (|error| / width + log width + 7)
     torch.testing.assert_close(loss, torch.full((3,), 0.2 + 2 * 0.04 + 0.1 * (0.2 + 7)))
     loss.sum().backward()
@@ -174,12 +185,37 @@ def test_the_expected_error_is_learned_as_the_width_of_a_laplace_distribution():
     torch.testing.assert_close(log_error.grad, of_error)
     # The best is its logarithm; the loss of an exact prediction, known to be exact, is 0.
     best = torch.full_like(log_error, math.log(0.2)).requires_grad_()
-    predictor_loss(
-        lambda *given: (frames.detach(), best, None), None, middle, None
-    ).sum().backward()
+    guess_losses((frames.detach(), best), middle).sum().backward()
     assert best.grad.abs().max() < 1e-6
     lowest = torch.full_like(log_error, -7.0)
-    assert predictor_loss(lambda *given: (middle, lowest, None), None, middle, None).eq(0).all()
+    assert guess_losses((middle, lowest), middle).eq(0).all()
+
+
+def test_every_second_clip_is_learned_by_the_nearest_of_its_codes_and_the_others_by_zeros():
+    start, middle, end = batch(b=4)
+    predictor = Overconfident()
+    losses = predictor_loss(predictor, start, middle, end, generator(1), code_size=8)
+    used = predictor.given[2]
+    assert torch.equal(used[::2], torch.zeros(2, 8))
+    codes = draw_codes(4, 8, generator(1))
+    assert codes.shape == (4, 4, 8)
+    for clip in (1, 3):
+        of_clip = [x[clip : clip + 1] for x in (start, end, middle)]
+        found = [
+            guess_losses(predictor(*of_clip[:2], 4, code[None]), of_clip[2]) for code in codes[clip]
+        ]
+        assert torch.equal(used[clip], codes[clip, torch.cat(found).argmin()])
+        torch.testing.assert_close(losses[clip], torch.cat(found).min())
+    torch.testing.assert_close(
+        losses[::2], predictor_validation_losses(predictor, start, middle, end, range(4))[::2]
+    )
+    # Two processes draw what one would.
+    parts = []
+    for number in range(2):
+        mine = slice(2 * number, 2 * number + 2)
+        clips = (start[mine], middle[mine], end[mine])
+        parts.append(predictor_loss(predictor, *clips, generator(1), code_size=8, part=(number, 2)))
+    torch.testing.assert_close(torch.cat(parts), losses)
 
 
 def test_correlated_noise_has_the_covariance_that_it_claims():
@@ -244,7 +280,9 @@ def test_validation_gives_each_pair_of_clip_and_draw_its_own_noise_level_and_noi
     for first in range(0, count, 32):
         numbers = range(first, min(first + 32, count))
         start, middle, end = (part[first : numbers.stop] for part in clips)
-        x0 = guess.residual(start, middle, end)
+        streams = [generator_for(5, noise.VALIDATION, draws * count + clip) for clip in numbers]
+        codes = torch.cat([draw_codes(1, 8, stream) for stream in streams])
+        x0 = guess.residual(start, middle, end, codes)
         pairs = [draw * count + clip for draw in range(draws) for clip in numbers]
         t = torch.tensor([int((pair + 0.5) / (draws * count) * 1000) for pair in pairs])
         generators = [generator_for(5, noise.VALIDATION, pair) for pair in pairs]

@@ -26,13 +26,13 @@ REFERENCE = {
     "guidance_interval": (0.0, 1.0),
     "eta": 0.0,
 }
-REFINING = {**REFERENCE, "steps": 3, "spacing": "quadratic", "guidance_scale": 1.0}
+REFINING = {**REFERENCE, "steps": 2, "spacing": "quadratic", "guidance_scale": 1.0}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    predictor = stored_network(FramePredictor, {"width": 8})
+    predictor = stored_network(FramePredictor, {"width": 4})
     plain = with_value(make_state(), "diffusion_config.noise_offset", 0.1)
     plain = with_value(plain, "diffusion_config.schedule", "linear")
     refining = with_value(plain, "diffusion_config.noise_correlation", 0.5)
@@ -81,8 +81,11 @@ def test_a_plain_checkpoint_samples_frames_under_its_own_noise(pipes, change):
 def test_a_refining_checkpoint_adds_residuals_to_its_prediction(pipes, guidance_scale, clip_x0):
     pipe = pipes["refining"]
     start, end = contexts(1)
+    # Of a sample's stream the code is drawn first, then the noise.
+    noise = generators(1)
+    code = 0.7 * torch.randn(1, 8, generator=noise[0])
     # Guidance keeps contexts from the denoiser, never from the predictor.
-    frames, log_error, warped, sharp = pipe.predictor(start, end, 4)
+    frames, log_error, warped, sharp = pipe.predictor(start, end, 4, code)
     frames = frames.clamp(-1, 1)
     scale = 2 * log_error.exp()
     change = {"guidance_scale": guidance_scale, "clip_x0": clip_x0}
@@ -93,7 +96,7 @@ def test_a_refining_checkpoint_adds_residuals_to_its_prediction(pipes, guidance_
         "guide": torch.cat([frames, warped, log_error / 4], dim=1),
         "x0_range": ((-1 - frames) / scale, (1 - frames) / scale),
         "noise": NoiseConfig(offset=0.1, correlation=0.5),
-        "generator": generators(1),
+        "generator": noise,
     }
     residual = sample_middle(pipe.model, pipe.schedule, start, end, **settings)
     middle = pipe(start, end, generator=generators(1), **change)

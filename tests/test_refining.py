@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_checkpoint import stored_network
 from test_model import close, shaken
 
@@ -49,10 +50,10 @@ def test_a_prediction_is_clipped_and_its_scale_is_twice_the_expected_error():
     log_error = noise(2, 1, 4, 8, 8, seed=1).requires_grad_()
 
     def predictor(*given):
-        assert given == (*ends, 4)
+        assert given == (*ends, 4, "code")
         return Guess(frames, log_error, torch.cat([frames, frames], dim=1), frames + 1)
 
-    prediction = predict(predictor, *ends, 4)
+    prediction = predict(predictor, *ends, 4, "code")
     assert torch.equal(prediction.frames, frames.clamp(-1, 1))
     close(prediction.scale, 2 * log_error.exp().detach())
     assert prediction.limit == 4
@@ -88,7 +89,7 @@ def test_refining_is_trained_on_half_of_each_side_and_frames_on_whole_ones():
         "--temporal_attn_levels",
     ]
     args = argparse.Namespace(**{**build_parser().defaults(), **build_parser().parse_given(flags)})
-    stored = stored_network(FramePredictor, {"width": 8})
+    stored = stored_network(FramePredictor, {"width": 4})
     cases = ((None, None, None, 6), ("run.pt", stored, (16, 8), 10))
     for args.predictor, predictor, crop, beside in cases:
         network = build_network(args, torch.device("cpu"))
@@ -115,61 +116,76 @@ def test_a_warp_samples_each_pixel_at_its_place_plus_its_displacement():
 def test_an_untrained_predictor_is_the_cross_fade_whatever_autocast_rounds():
     start, end = contexts(size=40)
     with torch.autocast("cpu", torch.bfloat16):
-        frames, log_error, *_ = FramePredictor(width=8)(start, end, 4)
-    # A sigmoid of a logit, and a bilinear sample at a pixel's own place.
+        frames, log_error, *_ = FramePredictor(width=4)(start, end, 4)
+    # A softmax of logarithms, and a bilinear sample at a pixel's own place.
     torch.testing.assert_close(frames, cross_fade(start, end, 4), rtol=0, atol=3e-5)
     assert torch.equal(log_error, torch.full((2, 1, 4, 40, 40), -3.0))
 
 
-def test_frames_are_both_warps_blended_by_time_and_mask_and_corrected():
-    start, end = contexts()
-    predictor = FramePredictor(width=8)
-    # Displacements to the start and to the end, mask, expected error, corrections.
-    outputs = torch.tensor([3.0, -1.0, -2.0, 4.0, 0.7, 9.0, 0.1, 0.2, 0.3])
-    predictor.out.bias.data = outputs
-    frames, log_error, warped, _ = predictor(start, end, 3)
-    from_start = warp(start[:, :, -1], outputs[:2].view(1, 2, 1, 1).expand(2, 2, 8, 8))
-    from_end = warp(end[:, :, 0], outputs[2:4].view(1, 2, 1, 1).expand(2, 2, 8, 8))
+def constant_predictor(*, motion=(0.0,) * 8, weights=(0.0,) * 4, log_error=0.0, correction=(0.0,)):
+    """A predictor that gives these numbers everywhere, whatever it sees."""
+    full_size = torch.tensor([*weights, log_error, *correction])
+    predictor = FramePredictor(len(correction), width=4)
+    predictor.out.bias.data = torch.cat([torch.tensor(motion), full_size.repeat_interleave(4)])
+    return predictor
+
+
+def test_frames_are_four_warps_blended_by_time_and_weight_and_corrected():
+    start, end = contexts(c=1)
+    motion = (3.0, -1.0, 0.5, 2.0, -2.0, 4.0, 1.0, 1.0)
+    weights = (0.7, -0.3, 0.2, 1.5)
+    predictor = constant_predictor(motion=motion, weights=weights, log_error=9.0, correction=(0.1,))
+    frames, log_error, warped, sharp = predictor(start, end, 3)
+    displacements = torch.tensor(motion).view(4, 1, 2, 1, 1).expand(4, 2, 2, 8, 8)
+    nearest = (start[:, :, -1], start[:, :, -1], end[:, :, 0], end[:, :, 0])
+    warps = [warp(*pair) for pair in zip(nearest, displacements, strict=True)]
     for i, time in enumerate((0.25, 0.5, 0.75)):
-        odds = time / (1 - time) * math.exp(0.7)
-        blend = (from_start + odds * from_end) / (1 + odds)
-        close(frames[:, :, i], blend + outputs[6:].view(3, 1, 1))
-    close(warped, torch.cat([from_start, from_end], dim=1)[:, :, None].expand_as(warped))
+        # The second warp of each end counts less, until it is learned.
+        share = [1 - time, (1 - time) * math.exp(-2), time, time * math.exp(-2)]
+        share = [x * math.exp(weight) for x, weight in zip(share, weights, strict=True)]
+
+        def mean(numbers, power=1.0, share=share):
+            terms = [(share[n] ** power, warps[n]) for n in numbers]
+            return sum(x * frame for x, frame in terms) / sum(x for x, _ in terms)
+
+        close(frames[:, :, i], mean(range(4)) + 0.1)
+        close(warped[:, :, i], torch.cat([mean([0, 1]), mean([2, 3])], dim=1))
+        # Sharp frames lean to one warp; a constant neither smooths nor adds detail.
+        close(sharp[:, :, i], mean(range(4), power=2.0) + 0.1)
     assert log_error.eq(0).all()  # the highest
-    predictor.out.bias.data = -outputs
-    assert predictor(start, end, 3)[1].eq(-7).all()  # the lowest
+    assert constant_predictor(log_error=-9.0, correction=(0.1,))(start, end, 3)[1].eq(-7).all()
 
 
-def test_sharp_frames_lean_to_one_end():
-    start, end = contexts()
-    predictor = FramePredictor(width=8)
-    predictor.out.bias.data[4] = 0.7  # the mask
-    sharp = predictor(start, end, 3).sharp
-    for i, time in enumerate((0.25, 0.5, 0.75)):
-        odds = (time / (1 - time) * math.exp(0.7)) ** 2.25
-        close(sharp[:, :, i], (start[:, :, -1] + odds * end[:, :, 0]) / (1 + odds))
-
-
-@pytest.mark.parametrize("expected_error", [0.05, 0.3])
-def test_a_correction_within_the_expected_error_is_left_out_where_it_smooths(expected_error):
+def test_a_correction_is_left_out_of_sharp_frames_where_it_smooths():
     rows = torch.arange(16)[:, None] % 2
     stripes = (0.4 * rows - 0.2).expand(1, 1, 2, 16, 16)
-    maps = torch.zeros(1, 7, 16, 16)
-    maps[:, 5] = 3 + math.log(expected_error)
+    full_size = torch.zeros(1, 6, 16, 16)
     # On the left the correction halves the stripes, on the right it doubles them.
-    maps[:, 6] = stripes[0, 0, 0]
-    maps[:, 6, :, :8] *= -0.5
-    predictor = FramePredictor(1, width=8)
+    full_size[:, 5] = stripes[0, 0, 0]
+    full_size[:, 5, :, :8] *= -0.5
+    predictor = FramePredictor(1, width=4)
+    maps = torch.cat([torch.zeros(1, 8, 8, 8), F.pixel_unshuffle(full_size, 2)], dim=1)
     predictor.out.forward = lambda features: maps
     frames, *_, sharp = predictor(stripes, stripes, 1)
     close(frames[0, 0, 0, :, :8], stripes[0, 0, 0, :, :8] / 2)
-    kept = frames if expected_error == 0.05 else stripes
-    close(sharp[0, 0, 0, :, :5], kept[0, 0, 0, :, :5])
+    close(sharp[0, 0, 0, :, :5], stripes[0, 0, 0, :, :5])
     close(sharp[0, 0, 0, :, 11:], 2 * stripes[0, 0, 0, :, 11:])
 
 
+def test_a_code_is_one_of_the_possible_middles_and_none_is_the_code_of_zeros():
+    predictor = shaken(FramePredictor(width=4), by=0.1)
+    ends = contexts()
+    codes = noise(2, 8)
+    by_code = predictor(*ends, 3, codes)
+    mean = predictor(*ends, 3)
+    assert torch.equal(predictor(*ends, 3, 0 * codes).frames, mean.frames)
+    assert (by_code.frames - mean.frames).abs().max() > 1e-3
+    one = predictor(*(end[1:] for end in ends), 3, codes[1:])
+    close(one.frames, by_code.frames[1:])
+
+
 def test_each_frame_is_modulated_by_its_own_time():
-    predictor = shaken(FramePredictor(width=8), by=0.1)
+    predictor = shaken(FramePredictor(width=4), by=0.1)
     three = predictor(*contexts(), 3)
     seven = predictor(*contexts(), 7)
     for few, many in zip(three, seven, strict=True):
@@ -180,20 +196,21 @@ def test_each_frame_is_modulated_by_its_own_time():
 
 
 def test_a_predictor_of_any_length_is_told_the_gap():
-    predictor = shaken(FramePredictor(width=8, any_length=True), by=0.1)
+    predictor = shaken(FramePredictor(width=4, any_length=True), by=0.1)
     three, seven = (predictor(*contexts(), gap).log_error for gap in (3, 7))
     assert (three[:, :, 1] - seven[:, :, 3]).abs().max() > 1e-3  # both are half-way
 
 
-@pytest.mark.parametrize(("c", "k", "size"), [(3, 2, 16), (1, 1, 24), (3, 3, 20)])
+@pytest.mark.parametrize(("c", "k", "size"), [(3, 2, 16), (1, 1, 24), (3, 3, 21)])
 def test_a_predictor_takes_any_number_of_frames_and_every_weight_of_it_learns(c, k, size):
-    predictor = shaken(FramePredictor(c, k, width=8))
+    predictor = shaken(FramePredictor(c, k, width=4))
     start, end = contexts(c=c, k=k, size=size)
-    frames, log_error, *others = predictor(start, end, 5)
+    codes = noise(2, 8)
+    frames, log_error, *others = predictor(start, end, 5, codes)
     assert frames.shape == (2, c, 5, size, size)
     (frames.square().mean() + log_error.mean()).backward()
     for name, weight in predictor.named_parameters():
         assert weight.grad.any(), name
     # Clips of a batch do not see each other.
-    single = predictor(start[1:], end[1:], 5)
+    single = predictor(start[1:], end[1:], 5, codes[1:])
     close(tuple(single), (frames[1:], log_error[1:], *(x[1:] for x in others)))

@@ -11,7 +11,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from utils.checkpoint import checkpoint_errors, load_checkpoint, save_checkpoint
-from utils.flags import Parser, nonempty_path
+from utils.flags import Parser, non_negative_float, nonempty_path, positive_float
 from utils.io import file_sha256
 
 KEPT = ("step", "args", "history", "model_config", "diffusion_config", "clip_config", "predictor")
@@ -24,6 +24,8 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--ckpt", type=nonempty_path, required=True, help="checkpoint of training")
     add("--out", type=nonempty_path, required=True, help="file to write, NAME.pt")
+    add("--contrast", type=positive_float, help="of the predictor's sharp frames; None = as it is")
+    add("--code_scale", type=non_negative_float, help="of the predictor's codes; None = as it is")
     add("--overwrite", action="store_true", help="replace the file if it is there")
     return parser
 
@@ -44,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
             if exported["predictor"] is not None:
                 frozen = exported["predictor"]["weights"]
                 frozen.update({name: w.half() for name, w in frozen.items()})
+                chosen = {"contrast": args.contrast, "code_scale": args.code_scale}
+                chosen = {name: value for name, value in chosen.items() if value is not None}
+                exported["predictor"]["config"].update(chosen)
         out.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(out, exported)
         print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, sha256 {file_sha256(out)}")

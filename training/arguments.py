@@ -141,6 +141,9 @@ def check_args(args: argparse.Namespace) -> None:
     middle_length(shortest, args.endpoint_context)
     if args.train == "predictor" and args.predictor:
         raise ValueError(f"--predictor is for --train diffusion (got {args.predictor})")
+    if args.train == "predictor" and args.batch_size < 2:
+        # Every second clip of a batch is learned with a code.
+        raise ValueError(f"--batch_size must be at least 2 for a predictor (got {args.batch_size})")
     if args.vis_every and args.vis_steps > args.timesteps:
         rule = f"--vis_steps must be at most --timesteps {args.timesteps}"
         raise ValueError(f"{rule} (got {args.vis_steps})")

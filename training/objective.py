@@ -16,6 +16,7 @@ from diffusion.loss import (
     diffusion_loss,
     diffusion_validation_losses,
     predictor_loss,
+    predictor_validation_losses,
 )
 from diffusion.noise import INIT, NoiseConfig, generator_for
 from diffusion.pipeline import MiddleFramePipeline, load_network
@@ -113,8 +114,8 @@ def pick_objective(
     )
     if args.train == "predictor":
         return Objective(
-            loss=predictor_loss,
-            validation_losses=predictor_loss,
+            loss=partial(predictor_loss, code_size=ema.code_size, part=task.part),
+            validation_losses=predictor_validation_losses,
             pipe=pipe(model=None, predictor=ema),
         )
     return Objective(
