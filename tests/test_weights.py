@@ -58,11 +58,21 @@ def test_exported_weights_are_the_ema_in_half_precision_and_sample_alike(exporte
     assert 0 < (one - other).abs().mean() < 2e-3
 
 
+def test_contrast_and_codes_of_samples_are_numbers_of_the_exported_predictor(tmp_path):
+    out = tmp_path / "robots.pt"
+    flags = f"--ckpt {ROOT / 'weights/robots.pt'} --out {out} --contrast 3 --code_scale 0"
+    assert export_weights.main(flags.split()) == 0
+    config = load_checkpoint(ROOT / "weights/robots.pt")["predictor"]["config"]
+    changed = {**config, "contrast": 3.0, "code_scale": 0.0}
+    assert load_checkpoint(out)["predictor"]["config"] == changed
+
+
 def test_wrong_use_is_one_line_that_names_flag_or_file(exported, ckpt, tmp_path, capsys):
     before = exported.read_bytes()
     (tmp_path / "last.pt").write_bytes(before)
     cases = [
         (export_weights, f"--ckpt {ckpt} --out {exported}", "--overwrite"),
+        (export_weights, f"--ckpt {ckpt} --out {tmp_path / 'a.pt'} --contrast 3", "--contrast"),
         (sample_video_ddpm, f"--ckpt {exported} --use_raw_model", "squares.pt"),
         (train_video_ddpm, f"--out_dir {tmp_path} --resume", "last.pt"),
     ]

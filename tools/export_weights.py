@@ -39,16 +39,19 @@ def main(argv: list[str] | None = None) -> int:
         if out.exists() and not args.overwrite:
             raise ValueError(f"--out {out} exists; pass --overwrite")
         checkpoint = load_checkpoint(args.ckpt)
+        chosen = {"contrast": args.contrast, "code_scale": args.code_scale}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        if chosen and not checkpoint["predictor"]:
+            rule = "must be left out for a checkpoint that refines around no predictor"
+            raise ValueError(f"--{next(iter(chosen))} {rule} (got {args.ckpt})")
         with checkpoint_errors(args.ckpt):
             exported = {name: checkpoint[name] for name in KEPT}
             exported["ema"] = {name: w.half() for name, w in checkpoint["ema"].items()}
             exported["args"].update(dict.fromkeys(PLACES))
             if exported["predictor"] is not None:
+                exported["predictor"]["config"].update(chosen)
                 frozen = exported["predictor"]["weights"]
                 frozen.update({name: w.half() for name, w in frozen.items()})
-                chosen = {"contrast": args.contrast, "code_scale": args.code_scale}
-                chosen = {name: value for name, value in chosen.items() if value is not None}
-                exported["predictor"]["config"].update(chosen)
         out.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(out, exported)
         print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, sha256 {file_sha256(out)}")
