@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from test_model import shaken
 
 from data.training_clips import crop_to_length
 from diffusion import noise
@@ -23,7 +24,7 @@ from diffusion.loss import (
 )
 from diffusion.noise import NoiseConfig, correlated, generator_for, sample_noise
 from diffusion.schedule import DiffusionSchedule
-from models.predictor import Guess
+from models.predictor import FramePredictor, Guess
 
 SCHEDULE = DiffusionSchedule()
 PLAIN = DiffusionTask(SCHEDULE)
@@ -216,6 +217,15 @@ def test_every_second_clip_is_learned_by_the_nearest_of_its_codes_and_the_others
         clips = (start[mine], middle[mine], end[mine])
         parts.append(predictor_loss(predictor, *clips, generator(1), code_size=8, part=(number, 2)))
     torch.testing.assert_close(torch.cat(parts), losses)
+
+
+def test_a_predictor_learns_under_autocast_though_the_search_for_codes_keeps_no_gradients():
+    # Weights that autocast had rounded without gradients must not be used again with them.
+    predictor = shaken(FramePredictor(width=4), by=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        predictor_loss(predictor, *batch(b=4), generator(1), code_size=8).sum().backward()
+    for name, weight in predictor.named_parameters():
+        assert weight.grad is not None and weight.grad.any(), name
 
 
 def test_correlated_noise_has_the_covariance_that_it_claims():
