@@ -259,7 +259,9 @@ def predictor_loss(
     codes = draw_codes(len(middle), code_size, generator, part).to(middle.device)
     code = torch.zeros_like(codes[:, 0])
     clips = (start_context, middle, end_context, codes)
-    code[1::2] = nearest_code(model, *(x[1::2] for x in clips))
+    # Every second clip of the whole batch, of which this process may begin with either.
+    first = 1 - part[0] * len(middle) % 2
+    code[first::2] = nearest_code(model, *(x[first::2] for x in clips))
     return guess_losses(model(start_context, end_context, middle.shape[2], code), middle)
 
 

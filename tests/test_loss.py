@@ -193,14 +193,14 @@ def test_the_expected_error_is_learned_as_the_width_of_a_laplace_distribution():
 
 
 def test_every_second_clip_is_learned_by_the_nearest_of_its_codes_and_the_others_by_zeros():
-    start, middle, end = batch(b=4)
+    start, middle, end = batch(b=6)
     predictor = Overconfident()
     losses = predictor_loss(predictor, start, middle, end, generator(1), code_size=8)
     used = predictor.given[2]
-    assert torch.equal(used[::2], torch.zeros(2, 8))
-    codes = draw_codes(4, 8, generator(1))
-    assert codes.shape == (4, 4, 8)
-    for clip in (1, 3):
+    assert torch.equal(used[::2], torch.zeros(3, 8))
+    codes = draw_codes(6, 8, generator(1))
+    assert codes.shape == (6, 4, 8)
+    for clip in (1, 3, 5):
         of_clip = [x[clip : clip + 1] for x in (start, end, middle)]
         found = [
             guess_losses(predictor(*of_clip[:2], 4, code[None]), of_clip[2]) for code in codes[clip]
@@ -208,12 +208,12 @@ def test_every_second_clip_is_learned_by_the_nearest_of_its_codes_and_the_others
         assert torch.equal(used[clip], codes[clip, torch.cat(found).argmin()])
         torch.testing.assert_close(losses[clip], torch.cat(found).min())
     torch.testing.assert_close(
-        losses[::2], predictor_validation_losses(predictor, start, middle, end, range(4))[::2]
+        losses[::2], predictor_validation_losses(predictor, start, middle, end, range(6))[::2]
     )
     # Two processes draw what one would.
     parts = []
     for number in range(2):
-        mine = slice(2 * number, 2 * number + 2)
+        mine = slice(3 * number, 3 * number + 3)
         clips = (start[mine], middle[mine], end[mine])
         parts.append(predictor_loss(predictor, *clips, generator(1), code_size=8, part=(number, 2)))
     torch.testing.assert_close(torch.cat(parts), losses)
