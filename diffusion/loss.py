@@ -81,7 +81,11 @@ def sample_training_noise(
 
 
 def part_of(draw: Tensor, part: tuple[int, int]) -> Tensor:
-    """What a process keeps of a draw for the clips of all: the part of that number."""
+    """What a process keeps of a draw for the clips of all, [B*parts,...] -> [B,...].
+
+    Args:
+        part: this process's number, and how many share the draw.
+    """
     return draw.chunk(part[1])[part[0]]
 
 
@@ -199,7 +203,7 @@ def diffusion_loss(
 
 
 def guess_losses(guess: Sequence[Tensor], middle: Tensor) -> Tensor:
-    """The error of a guess (frames, log_error, ...) and of its expected error, [B].
+    """The error of a guess (frames, log_error, ...) of the middle, [B,C,M,H,W]: a loss each, [B].
 
     The expected error is learned as the width of a Laplace distribution, by its likelihood of the
     error. The loss is 0 for exact frames that are expected to be exact, and never negative.
@@ -218,7 +222,7 @@ def guess_losses(guess: Sequence[Tensor], middle: Tensor) -> Tensor:
 def draw_codes(
     clips: int, code_size: int, generator: torch.Generator, part: tuple[int, int] = (0, 1)
 ) -> Tensor:
-    """Codes of which the nearest is to be found, [B,DRAWN_CODES,code_size]."""
+    """Normal numbers, of which the nearest code is to be found: [B,DRAWN_CODES,code_size]."""
     shape = (clips * part[1], DRAWN_CODES, code_size)
     return part_of(torch.randn(shape, generator=generator, device=generator.device), part)
 
@@ -253,8 +257,16 @@ def predictor_loss(
 ) -> Tensor:
     """The predictor's regression loss: every second clip is learned by the nearest of its codes.
 
-    The others are learned by the code of zeros, which so becomes the mean. `model` is
-    (start_context, end_context, M, code) -> Guess, as FramePredictor.
+    The others are learned by the code of zeros, which so becomes the mean.
+
+    Args:
+        model: (start_context, end_context, M, code) -> Guess, as FramePredictor.
+        start_context: [B,C,K,H,W] in [-1, 1], as `end_context`.
+        middle: true frames, [B,C,M,H,W] in [-1, 1].
+        part: this process's number, and how many share a step's draws.
+
+    Returns: [B].
+    Source: Li & Malik 2018, arXiv:1809.09087, of a few drawn codes.
     """
     codes = draw_codes(len(middle), code_size, generator, part).to(middle.device)
     code = torch.zeros_like(codes[:, 0])

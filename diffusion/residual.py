@@ -95,7 +95,7 @@ def predict(
 def sample_codes(
     predictor: nn.Module, generators: Sequence[torch.Generator], device: torch.device
 ) -> Tensor:
-    """A code for each generator's sample, [B,code_size]; nearer to the mean than in training."""
+    """A code for each generator's sample, [B,code_size], of deviation `code_scale`."""
     codes = [torch.randn(predictor.code_size, generator=g, device=g.device) for g in generators]
     return predictor.code_scale * torch.stack(codes).to(device)
 
