@@ -32,7 +32,9 @@ ALLOWED = {  # a room or one module of it -> what of the project it may import b
     "tools": {"data", "utils"},
     "benchmarks": ROOMS | {"training", "train_video_ddpm"},
 }
-FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0] != "tests"]
+# Hidden folders, such as a .venv, are not ours.
+OURS = sorted([*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")])
+FILES = [p for p in OURS if p.relative_to(ROOT).parts[0] != "tests"]
 TREES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts): ast.parse(p.read_text()) for p in FILES
 }

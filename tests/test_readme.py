@@ -82,7 +82,7 @@ def test_every_flag_named_in_the_pages_exists():
 
 def test_every_file_linked_or_named_in_the_pages_exists():
     rooms = "|".join({path.name for path in ROOT.glob("[a-z]*/")} - {"outputs"})
-    names = {path.name for path in ROOT.rglob("*.py")}
+    names = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]}
     for page, text in PAGES.items():
         targets = [page.parent / link for link in re.findall(r"\]\((?!https?:)([^)#]+)", text)]
         targets += [ROOT / path for path in re.findall(rf"\b(?:{rooms})/[\w/]+\.[a-z]\w+", text)]
