@@ -116,7 +116,8 @@ def test_digits_are_trained_on_and_scored_as_published(tmp_path, capsys):
     assert evaluate_video_ddpm.main(score.split()) == 0
     assert "MCVD" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        sample_video_ddpm.main(["--ckpt", str(tmp_path / "run" / "last.pt")])
+        flags = ["--ckpt", tmp_path / "run" / "last.pt", "--out_dir", tmp_path / "samples"]
+        sample_video_ddpm.main([str(flag) for flag in flags])
     check_refusal(capsys, "--data_root", "--protocol smmnist")
     with pytest.raises(SystemExit):
         evaluate_video_ddpm.main(f"{score} --split train".split())
