@@ -36,16 +36,17 @@ class Guess(NamedTuple):
 class FramePredictor(nn.Module):
     """Warps the nearest observed frames to each time between, blends them, adds a correction.
 
-    A 2-D U-Net sees all observed frames as channels. At a quarter of the side its features are
-    modulated by the time of a middle frame and by a code; from there each frame is decoded by
-    itself into displacements, blending weights, a correction and its expected error. The code of
-    zeros gives the mean, any other one way in which the middle may have gone. An untrained
-    predictor is the cross-fade.
+    A 2-D U-Net of three levels sees all observed frames as channels, a patch of pixels at each
+    place of the finest level. The features of its medium level are modulated by the time of a
+    middle frame and by a code; from there each frame is decoded by itself into displacements,
+    blending weights, a correction and its expected error. The code of zeros gives the mean, any
+    other one way in which the middle may have gone. An untrained predictor is the cross-fade.
 
     Args:
         image_channels: C, 3 or 1.
         endpoint_context: observed frames K at each end.
-        width: channels at half of the side.
+        width: channels of the finest level; the others have twice as many.
+        patch: side in pixels of what the finest level sees at each place.
         any_length: whether a channel tells the length of the gap, for training on several.
         code_size: numbers in a code.
         contrast: of the weights in sharp frames: 1 = the blend, more = nearer to one warp alone.
@@ -60,6 +61,7 @@ class FramePredictor(nn.Module):
         image_channels: int = 3,
         endpoint_context: int = 2,
         width: int = 64,
+        patch: int = 4,
         any_length: bool = False,
         code_size: int = 8,
         contrast: float = 2.0,
@@ -69,30 +71,31 @@ class FramePredictor(nn.Module):
         self.image_channels = image_channels
         self.endpoint_context = endpoint_context
         self.width = width
+        self.patch = patch
         self.any_length = any_length
         self.code_size = code_size
         self.contrast = contrast
         self.code_scale = code_scale
         wide = 2 * width
-        pixels = 4 * 2 * endpoint_context * image_channels  # of 2x2 blocks
+        pixels = patch**2 * 2 * endpoint_context * image_channels
 
         # The encoder sees all observed frames at once.
-        self.at_half = double_conv(pixels + any_length, width)
-        self.at_quarter = double_conv(width, wide, stride=2)
-        self.at_eighth = double_conv(wide, wide, stride=2)
+        self.fine = double_conv(pixels + any_length, width)
+        self.medium = double_conv(width, wide, stride=2)
+        self.coarse = double_conv(wide, wide, stride=2)
         self.deep = double_conv(wide, wide)
         self.up = ConvNormAct(wide, wide, groups=NORM_GROUPS)
 
         # The decoder makes each frame by itself.
         self.modulation = nn.Linear(width + code_size, 2 * wide)
-        self.frame_at_quarter = double_conv(wide, wide)
-        self.to_half = nn.Conv2d(wide, width, 1)
+        self.frame_medium = double_conv(wide, wide)
+        self.to_fine = nn.Conv2d(wide, width, 1)
         self.skip = nn.Conv2d(width, width, 1)
-        self.frame_at_half = double_conv(width, width)
-        # At half of the side the displacements (x, y) of both ends; at full size the weights of
-        # the warps, an expected error, and a correction of each channel.
-        full_size = 2 * WARPS + 1 + image_channels
-        self.out = zero_module(nn.Conv2d(width, 4 * WARPS + 4 * full_size, 3, padding=1))
+        self.frame_fine = double_conv(width, width)
+        # Per patch the displacements (x, y) of both ends; per pixel the weights of the warps, an
+        # expected error, and a correction of each channel.
+        per_pixel = 2 * WARPS + 1 + image_channels
+        self.out = zero_module(nn.Conv2d(width, 4 * WARPS + patch**2 * per_pixel, 3, padding=1))
 
     def forward(
         self,
@@ -114,8 +117,8 @@ class FramePredictor(nn.Module):
         if code is None:
             code = start_context.new_zeros(b, self.code_size)
         times = torch.arange(1, num_middle + 1, device=code.device) / (num_middle + 1)  # [M]
-        half, quarter = self.encode(start_context, end_context, num_middle)
-        motion, maps = self.decode(half, quarter, times, code)
+        fine, medium = self.encode(start_context, end_context, num_middle)
+        motion, maps = self.decode(fine, medium, times, code)
         motion = motion[..., :h, :w]
         weights, log_error, correction = maps[..., :h, :w].split(
             [2 * WARPS, 1, self.image_channels], dim=1
@@ -153,37 +156,40 @@ class FramePredictor(nn.Module):
     def encode(
         self, start_context: Tensor, end_context: Tensor, num_middle: int
     ) -> tuple[Tensor, Tensor]:
-        """Features of a clip: [B,width,H/2,W/2] and [B,2*width,H/4,W/4], rounded up."""
+        """Features of a clip's fine and medium level: [B,width,h,w] and [B,2*width,h/2,w/2].
+
+        h and w are patches, and both levels are rounded up.
+        """
         observed = torch.cat([start_context, end_context], dim=2).flatten(1, 2)  # [B,2*K*C,H,W]
         h, w = observed.shape[-2:]
-        observed = F.pad(observed, (0, w % 2, 0, h % 2), mode="replicate")
-        blocks = F.pixel_unshuffle(observed, 2)
+        observed = F.pad(observed, (0, -w % self.patch, 0, -h % self.patch), mode="replicate")
+        patches = F.pixel_unshuffle(observed, self.patch)
         if self.any_length:
-            gap = torch.full_like(blocks[:, :1], math.log2(num_middle + 1) / 4)
-            blocks = torch.cat([blocks, gap], dim=1)
-        half = self.at_half(blocks)
-        quarter = self.at_quarter(half)
-        eighth = self.at_eighth(quarter)
-        eighth = eighth + self.deep(eighth)
-        above = F.interpolate(eighth, size=quarter.shape[-2:], mode="nearest")
-        return half, self.up(above + quarter)
+            gap = torch.full_like(patches[:, :1], math.log2(num_middle + 1) / 4)
+            patches = torch.cat([patches, gap], dim=1)
+        fine = self.fine(patches)
+        medium = self.medium(fine)
+        coarse = self.coarse(medium)
+        coarse = coarse + self.deep(coarse)
+        above = F.interpolate(coarse, size=medium.shape[-2:], mode="nearest")
+        return fine, self.up(above + medium)
 
     def decode(
-        self, half: Tensor, quarter: Tensor, times: Tensor, code: Tensor
+        self, fine: Tensor, medium: Tensor, times: Tensor, code: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Displacements [B*M,4*WARPS,H,W] in pixels, and all maps of full size [B*M,...,H,W]."""
         b, m = len(code), len(times)
-        embedding = sinusoidal_embedding(100 * times, self.width).to(quarter.dtype)
+        embedding = sinusoidal_embedding(100 * times, self.width).to(medium.dtype)
         given = torch.cat([embedding.repeat(b, 1), code.repeat_interleave(m, dim=0)], dim=1)
         scale, shift = self.modulation(given)[:, :, None, None].chunk(2, dim=1)  # [B*M,wide,1,1]
-        maps = quarter.repeat_interleave(m, dim=0)
-        maps = self.frame_at_quarter(F.silu(maps * (1 + scale) + shift))
-        maps = F.interpolate(self.to_half(maps), size=half.shape[-2:], mode="nearest")
-        maps = self.frame_at_half(maps + self.skip(half).repeat_interleave(m, dim=0))
+        maps = medium.repeat_interleave(m, dim=0)
+        maps = self.frame_medium(F.silu(maps * (1 + scale) + shift))
+        maps = F.interpolate(self.to_fine(maps), size=fine.shape[-2:], mode="nearest")
+        maps = self.frame_fine(maps + self.skip(fine).repeat_interleave(m, dim=0))
         maps = self.out(maps).float()
         motion, maps = maps.split([4 * WARPS, maps.shape[1] - 4 * WARPS], dim=1)
-        motion = F.interpolate(motion, scale_factor=2, mode="bilinear")
-        return motion, F.pixel_shuffle(maps, 2)
+        motion = F.interpolate(motion, scale_factor=self.patch, mode="bilinear")
+        return motion, F.pixel_shuffle(maps, self.patch)
 
 
 def double_conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:

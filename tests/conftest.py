@@ -163,7 +163,7 @@ def narrow_predictor():
     from models.predictor import FramePredictor
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FramePredictor.__init__, "__defaults__", (3, 2, 4, False, 8, 2.0, 0.7))
+        patch.setattr(FramePredictor.__init__, "__defaults__", (3, 2, 4, 4, False, 8, 2.0, 0.7))
         yield
 
 

@@ -124,9 +124,9 @@ def test_an_untrained_predictor_is_the_cross_fade_whatever_autocast_rounds():
 
 def constant_predictor(*, motion=(0.0,) * 8, weights=(0.0,) * 4, log_error=0.0, correction=(0.0,)):
     """A predictor that gives these numbers everywhere, whatever it sees."""
-    full_size = torch.tensor([*weights, log_error, *correction])
+    per_pixel = torch.tensor([*weights, log_error, *correction])
     predictor = FramePredictor(len(correction), width=4)
-    predictor.out.bias.data = torch.cat([torch.tensor(motion), full_size.repeat_interleave(4)])
+    predictor.out.bias.data = torch.cat([torch.tensor(motion), per_pixel.repeat_interleave(16)])
     return predictor
 
 
@@ -159,12 +159,12 @@ def test_frames_are_four_warps_blended_by_time_and_weight_and_corrected():
 def test_a_correction_is_left_out_of_sharp_frames_where_it_smooths():
     rows = torch.arange(16)[:, None] % 2
     stripes = (0.4 * rows - 0.2).expand(1, 1, 2, 16, 16)
-    full_size = torch.zeros(1, 6, 16, 16)
+    per_pixel = torch.zeros(1, 6, 16, 16)
     # On the left the correction halves the stripes, on the right it doubles them.
-    full_size[:, 5] = stripes[0, 0, 0]
-    full_size[:, 5, :, :8] *= -0.5
+    per_pixel[:, 5] = stripes[0, 0, 0]
+    per_pixel[:, 5, :, :8] *= -0.5
     predictor = FramePredictor(1, width=4)
-    maps = torch.cat([torch.zeros(1, 8, 8, 8), F.pixel_unshuffle(full_size, 2)], dim=1)
+    maps = torch.cat([torch.zeros(1, 8, 4, 4), F.pixel_unshuffle(per_pixel, 4)], dim=1)
     predictor.out.forward = lambda features: maps
     frames, *_, sharp = predictor(stripes, stripes, 1)
     close(frames[0, 0, 0, :, :8], stripes[0, 0, 0, :, :8] / 2)
@@ -174,7 +174,7 @@ def test_a_correction_is_left_out_of_sharp_frames_where_it_smooths():
 
 def test_a_code_is_one_of_the_possible_middles_and_none_is_the_code_of_zeros():
     predictor = shaken(FramePredictor(width=4), by=0.1)
-    ends = contexts()
+    ends = contexts(size=32)
     codes = noise(2, 8)
     by_code = predictor(*ends, 3, codes)
     mean = predictor(*ends, 3)
@@ -186,8 +186,8 @@ def test_a_code_is_one_of_the_possible_middles_and_none_is_the_code_of_zeros():
 
 def test_each_frame_is_modulated_by_its_own_time():
     predictor = shaken(FramePredictor(width=4), by=0.1)
-    three = predictor(*contexts(), 3)
-    seven = predictor(*contexts(), 7)
+    three = predictor(*contexts(size=32), 3)
+    seven = predictor(*contexts(size=32), 7)
     for few, many in zip(three, seven, strict=True):
         close(few, many[:, :, 1::2])  # a quarter, a half and three quarters of the gap
     log_error = three[1]
@@ -197,13 +197,15 @@ def test_each_frame_is_modulated_by_its_own_time():
 
 def test_a_predictor_of_any_length_is_told_the_gap():
     predictor = shaken(FramePredictor(width=4, any_length=True), by=0.1)
-    three, seven = (predictor(*contexts(), gap).log_error for gap in (3, 7))
+    three, seven = (predictor(*contexts(size=32), gap).log_error for gap in (3, 7))
     assert (three[:, :, 1] - seven[:, :, 3]).abs().max() > 1e-3  # both are half-way
 
 
-@pytest.mark.parametrize(("c", "k", "size"), [(3, 2, 16), (1, 1, 24), (3, 3, 21)])
-def test_a_predictor_takes_any_number_of_frames_and_every_weight_of_it_learns(c, k, size):
-    predictor = shaken(FramePredictor(c, k, width=4))
+@pytest.mark.parametrize(
+    ("c", "k", "patch", "size"), [(3, 2, 4, 16), (1, 1, 4, 24), (3, 3, 4, 21), (3, 2, 2, 21)]
+)
+def test_a_predictor_takes_any_number_of_frames_and_every_weight_of_it_learns(c, k, patch, size):
+    predictor = shaken(FramePredictor(c, k, width=4, patch=patch))
     start, end = contexts(c=c, k=k, size=size)
     codes = noise(2, 8)
     frames, log_error, *others = predictor(start, end, 5, codes)

@@ -435,6 +435,13 @@ def test_defaults_are_those_of_the_original_design():
     assert {name: defaults[name] for name in given} == given
 
 
+def test_a_predictor_of_large_frames_sees_large_patches():
+    for size, patch in (([64], 4), ([96, 64], 4), ([64, 48], 2), ([32], 2)):
+        flags = ["--train", "predictor", "--size", *map(str, size)]
+        args = build_parser().parse_args(flags)
+        assert build_network(args, CPU).patch == patch
+
+
 WRONG = "--T 4, --T 8 6, --size 9, --size 8 8 8, --size 0, --lr nan, --val_ratio 1.5"
 WRONG += ", --cfg_drop_prob -1, --color_mode sepia, --max_videos 1, --base_channels 30"
 WRONG += ", --temporal_attn_levels 3, --vis_steps 2000 --vis_every 1, --device tpu, --base 8"
