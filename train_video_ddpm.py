@@ -50,7 +50,7 @@ from utils.video_utils import as_pair, split_clip
 PREVIEW_CLIPS = 8
 OOM_REMEDY = "--batch_size (and raise --grad_accum), --size or --T"
 
-# Of diffusion around a prediction: both branches of guidance would see it. Chosen in LOG.md.
+# Diffusion around a prediction: without guidance, as both of its branches would see the prediction.
 REFINING = {
     "cfg_drop_prob": 0.0,
     "temporal_loss_weight": 0.0,
@@ -74,7 +74,7 @@ PRESETS = {
             "lr": 1e-3,
         },
     },
-    # The same with a small network on 32x32 clips: some minutes of one CPU thread.
+    # As `refine`, with a small network on 32x32 clips: some minutes of one CPU thread.
     "demo": {
         "both": {
             "out_dir": "outputs/demo",
@@ -113,16 +113,16 @@ def build_parser() -> Parser:
     add("--resume", action="store_true", help="go on from last.pt in --out_dir")
     add("--preset", choices=PRESETS, help="train a predictor, then diffusion of what it misses")
     add("--dry_run", action="store_true", help="two steps, a preview, a save in --out_dir/dry_run")
-    add("--seed", type=flags.seed_int, default=42, help="of split, weights, windows and noise")
+    add("--seed", type=flags.seed_int, default=42, help="for split, weights, windows and noise")
     add("--device", type=flags.device_name, default="auto", help="auto = cuda, else mps, else cpu")
 
     add = parser.add_argument_group("objective").add_argument
     add("--train", choices=("diffusion", "predictor"), default="diffusion", help="what is learned")
-    add("--predictor", type=flags.nonempty_path, help="checkpoint of a predictor to refine around")
+    add("--predictor", type=flags.nonempty_path, help="checkpoint of the predictor to refine")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_root", type=flags.nonempty_path, help="folder of videos; None = built-in clips")
-    add("--val_ratio", type=flags.fraction, default=0.01, help="share held out; or by folders")
+    add("--val_ratio", type=flags.fraction, default=0.01, help="share held out, if not by folders")
     add("--max_videos", type=integer_up_to(2**31 - 1, low=2), help="use this many; None = all")
     add("--num_workers", type=non_negative_int, default=4, help="loading processes; 0 = none")
     add("--cache_videos", action=switch, default=False, help="decode every video once, to disk")
@@ -136,18 +136,18 @@ def build_parser() -> Parser:
     add("--color_mode", choices=("rgb", "gray"), default="rgb", help="3 channels or 1")
 
     add = parser.add_argument_group("model").add_argument
-    add("--base_channels", type=positive_int, default=96, help="width of level 0, best 3 * 2^n")
+    add("--base_channels", type=positive_int, default=96, help="width of level 0; use 3 * 2^n")
     add("--channel_mults", type=positive_int, nargs="+", default=[1, 2, 4], help="level widths")
-    add("--res_blocks", type=positive_int, default=2, help="per level and direction")
+    add("--res_blocks", type=positive_int, default=2, help="per level, down and up")
     levels = {"type": non_negative_int, "nargs": "*", "default": [1, 2]}
     add("--temporal_attn_levels", **levels, help="levels with temporal attention, 0 = full size")
 
     add = parser.add_argument_group("diffusion").add_argument
     add("--timesteps", type=integer_up_to(100_000), default=1000, help="length of the schedule")
     add("--beta_schedule", choices=SCHEDULES, default="cosine", help="shape of the schedule")
-    add("--cfg_drop_prob", type=flags.probability, default=0.08, help="of zeroed contexts, for CFG")
+    add("--cfg_drop_prob", type=flags.probability, default=0.08, help="chance of zeroed contexts")
     add("--temporal_loss_weight", type=flags.non_negative_float, default=0.05, help="of motion L1")
-    add("--noise_offset", type=flags.probability, default=0.0, help="constant added to the noise")
+    add("--noise_offset", type=flags.probability, default=0.0, help="scale of a constant per clip")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=integer_up_to(4096), default=8, help="per process; lower it on OOM")
@@ -159,7 +159,7 @@ def build_parser() -> Parser:
     add("--max_steps", type=non_negative_int, default=0, help="length in steps; 0 = by --epochs")
     add("--grad_clip", type=flags.non_negative_float, default=1.0, help="largest norm; 0 = none")
     add("--ema_decay", type=flags.decay, default=0.999, help="EMA decay per optimiser step")
-    add("--ema_update_after_step", type=non_negative_int, default=100, help="steps of no averaging")
+    add("--ema_update_after_step", type=non_negative_int, default=100, help="steps without EMA")
     add("--amp", action=switch, default=True, help="bf16 or fp16 autocast on CUDA")
     add("--compile", action=switch, default=False, help="torch.compile the training forward")
 
@@ -185,10 +185,10 @@ def train_step(
     args: argparse.Namespace,
     amp_dtype: torch.dtype | None,
 ) -> None:
-    """One optimiser step over --grad_accum batches of every process, without a wait for the device.
+    """One optimiser step over --grad_accum batches in every process.
 
-    Where the loss or the gradient norm is not finite, weights and moments stay as they were, and
-    the metrics count a skipped step.
+    On CUDA it never waits for the device. Where the loss or the gradient norm is not finite,
+    weights and moments stay as they were, and the metrics count a skipped step.
     """
     device = state.metrics.values.device
     generator = generator_for(args.seed, TRAIN, state.data_step, device=device)
@@ -196,13 +196,13 @@ def train_step(
     # Accumulate gradients over the batches of the step.
     total_loss = torch.zeros((), device=device)
     for number in range(1, args.grad_accum + 1):
-        # A length is drawn alike in every process.
+        # All processes draw the same length.
         draw = generator_for(args.seed, LENGTH, state.data_step, number)
         clips = crop_to_length(next(batches), as_pair(args.num_frames), draw)
         start, middle, end = split_clip(clips, args.endpoint_context)
-        if state.probe is None:
+        if state.probe is None:  # the checkpointer compares losses of a saved model on it
             state.probe = (start, middle, end, state.data_step)
-        # Gradients of several processes are averaged once, with the last batch.
+        # Average gradients across processes once, with the last batch.
         is_last = number == args.grad_accum
         with contextlib.nullcontext() if is_last else distributed.no_sync(state.ddp_model):
             with autocast(device, amp_dtype):
@@ -219,13 +219,13 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(state.step, args.lr, args.warmup_steps, state.total_steps)
 
-    # Update the weights, unless a number is not finite.
+    # Update the weights, unless a number is not finite; with float16 the scaler sees to that.
     if state.scaler.is_enabled():
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
         is_finite = total_loss.isfinite() & norm.isfinite()
-        # Where found_inf is 1 the fused step changes nothing; MPS's may not heed it.
+        # The fused step changes nothing where found_inf is 1; that of MPS may ignore it.
         state.optimizer.found_inf = is_finite.logical_not().float()
         if device.type != "mps" or is_finite:
             state.optimizer.step()
@@ -239,11 +239,11 @@ def train_step(
     update_ema(state.ema, state.model, decay=args.ema_decay if is_averaging else 0.0)
 
 
-# --- the story ------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 def train(start: Start) -> int:
-    """Train from where the run stands to its end or a stop signal.
+    """Train from the current step to the end of the run, or to a stop signal.
 
     Returns: the exit status: 0, or 128 + the signal's number.
     Raises: FloatingPointError: if the loss is not finite or diverged.
@@ -276,7 +276,7 @@ def train(start: Start) -> int:
     distributed.check_consistency("--data_root: the files", train_clips.fingerprint())
     clips_per_step = args.batch_size * args.grad_accum * args.processes
 
-    # Make network, optimiser and objective, and go on where the checkpoint stands.
+    # Make network, optimiser and objective, and restore the checkpoint.
     state = init_state(args, build_network(args, device), device, amp_dtype)
     state.epoch_steps = steps_per_epoch(len(train_clips), clips_per_step)
     if start.checkpoint is not None:
@@ -333,12 +333,12 @@ def train(start: Start) -> int:
     stopped_by = 0
     try:
         while not stopped_by and not (state.finished and state.validated):
-            # A run that was stopped while it validated an epoch does that first.
+            # A run that was stopped during validation validates first.
             if state.validated or not state.at_epoch_end:
                 train_step(state, objective, batches, args, amp_dtype)
                 logger.count_step(clips_per_step)
 
-                # Once in a while: log. Between saves, only this waits for the device.
+                # Log. Between saves, only this waits for the device.
                 if state.step % args.log_every == 0 or state.step == 1:
                     line_loss = state.metrics.take_mean("line")
                     if line_loss is not None:
@@ -363,7 +363,7 @@ def train(start: Start) -> int:
                 checkpointer.save_last(state)
                 logger.restart_clock()
 
-            # Show what the run can do without.
+            # Preview and log; if that fails the run goes on.
             if val_loss is not None:
                 epoch = entry["epoch"]
                 if args.vis_every and (epoch % args.vis_every == 0 or state.finished):
@@ -374,7 +374,7 @@ def train(start: Start) -> int:
     except FloatingPointError as error:
         raise FloatingPointError(f"{out_dir}, after step {state.step}: {error}") from error
     except (ValueError, OSError, RunError):
-        # The data failed, between two steps: what was learned since the last save is kept.
+        # The data failed between two steps: save what was learned.
         if state.data_step > order.first_step:
             checkpointer.save_last(state)
             print0(f"after step {state.step}: --resume goes on from {out_dir}", file=sys.stderr)

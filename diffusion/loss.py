@@ -25,13 +25,13 @@ from diffusion.noise import (
 from diffusion.residual import predict
 from diffusion.schedule import DiffusionSchedule
 
-# Of the squared error beside the absolute one, which by itself gives 0.3 dB less (LOG.md).
+# Weight of the squared error beside the absolute one; without it, 0.3 dB less (LOG.md).
 SQUARED_WEIGHT = 2.0
-# Of the likelihood that learns the expected error; it reaches the features, not the frames.
+# Weight of the likelihood that learns the expected error; it trains features, not frames.
 ERROR_WEIGHT = 0.1
-# Per clip, of which the nearest is taken.
+# Codes drawn for each clip, of which the nearest is used.
 DRAWN_CODES = 4
-# The least that a predictor may expect; taken off, so that no loss is negative.
+# The predictor's lowest log error; it is subtracted, so that no loss is negative.
 LOWEST_LOG_ERROR = -7.0
 # Validation sees about this many (clip, t) pairs, so that few clips cover the noise levels, but
 # each clip a few times at most.
@@ -44,7 +44,7 @@ class DiffusionTask(NamedTuple):
 
     schedule: DiffusionSchedule
     noise: NoiseConfig = WHITE
-    predictor: nn.Module | None = None  # frozen, its residuals are diffused; None = frames are
+    predictor: nn.Module | None = None  # frozen: its residuals are diffused; None = frames
     temporal_loss_weight: float = 0.0  # of the L1 on frame differences
     cfg_drop_prob: float = 0.0  # chance, per clip, that both contexts are zeroed
     part: tuple[int, int] = (0, 1)  # this process's number, and how many share a step's draws
@@ -203,7 +203,7 @@ def diffusion_loss(
 
 
 def guess_losses(guess: Sequence[Tensor], middle: Tensor) -> Tensor:
-    """The error of a guess (frames, log_error, ...) of the middle, [B,C,M,H,W]: a loss each, [B].
+    """Error of a guess (frames, log_error, ...) of the middle, [B,C,M,H,W]: a loss per clip, [B].
 
     The expected error is learned as the width of a Laplace distribution, by its likelihood of the
     error. The loss is 0 for exact frames that are expected to be exact, and never negative.
@@ -222,7 +222,7 @@ def guess_losses(guess: Sequence[Tensor], middle: Tensor) -> Tensor:
 def draw_codes(
     clips: int, code_size: int, generator: torch.Generator, part: tuple[int, int] = (0, 1)
 ) -> Tensor:
-    """Normal numbers, of which the nearest code is to be found: [B,DRAWN_CODES,code_size]."""
+    """Candidate codes of each clip, standard normal, [B,DRAWN_CODES,code_size]."""
     shape = (clips * part[1], DRAWN_CODES, code_size)
     return part_of(torch.randn(shape, generator=generator, device=generator.device), part)
 
@@ -255,9 +255,9 @@ def predictor_loss(
     code_size: int,
     part: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """The predictor's regression loss: every second clip is learned by the nearest of its codes.
+    """The predictor's regression loss: every second clip trains the nearest of its codes.
 
-    The others are learned by the code of zeros, which so becomes the mean.
+    The others train the code of zeros, which thus gives the mean.
 
     Args:
         model: (start_context, end_context, M, code) -> Guess, as FramePredictor.
@@ -271,7 +271,7 @@ def predictor_loss(
     codes = draw_codes(len(middle), code_size, generator, part).to(middle.device)
     code = torch.zeros_like(codes[:, 0])
     clips = (start_context, middle, end_context, codes)
-    # Every second clip of the whole batch, of which this process may begin with either.
+    # Every second clip of the batch of all processes; this process's part may start at an odd one.
     first = 1 - part[0] * len(middle) % 2
     code[first::2] = nearest_code(model, *(x[first::2] for x in clips))
     return guess_losses(model(start_context, end_context, middle.shape[2], code), middle)

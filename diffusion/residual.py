@@ -2,7 +2,7 @@
 
     residual = (middle - prediction) / scale
 
-Loss and sampler work on residuals as they work on frames and know nothing of it. The scale, one
+Loss and sampler treat residuals as they treat frames. The scale, one
 per pixel and near the predictor's error, gives residuals about the variance of the noise and
 keeps the noise away from where the predictor is sure. Where it is sure and wrong, residuals of
 hundreds of scales would outweigh all others in the loss: they are cut at RESIDUAL_LIMIT.
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 ERRORS_PER_SCALE = 2.0
 # In scales. Beyond it lies one value in 3,000 of that distribution; chosen in LOG.md.
 RESIDUAL_LIMIT = 4.0
-# Of the noise that is added to residuals, which have about this correlation between neighbouring
-# pixels, frames and colours: samples then err in patches instead of speckle (LOG.md).
+# Correlation of the noise between neighbouring pixels, frames and colours. Residuals have about
+# the same: samples then err in patches instead of speckle (LOG.md).
 RESIDUAL_CORRELATION = 0.5
 # Brings the logarithm of an error to the range of the other maps.
 LOG_ERROR_SCALE = 0.25
 
 
 class Prediction(NamedTuple):
-    """A guess of the middle and its error per pixel; the default leaves every number as it is.
+    """A guess of the middle and its error per pixel; the default is the identity.
 
     Attributes:
         frames: [B,C,M,H,W] in [-1, 1].
@@ -39,7 +39,7 @@ class Prediction(NamedTuple):
         guide: what the model is to see of it, [B,3*C+1,M,H,W]: the frames, both warped ends and
             the expected error.
         detail: what the sharp guess adds to the frames, [B,C,M,H,W]. It is added to a sample in
-            the end, as few steps of diffusion hardly sharpen a mean.
+            the end, as few steps of diffusion hardly sharpen a blurred guess.
     """
 
     frames: Tensor | float = 0.0
@@ -101,7 +101,7 @@ def sample_codes(
 
 
 def smooth_colours(residual: Tensor) -> Tensor:
-    """Average over 5x5 pixels what sets the colours of a pixel apart; their mean stays as it is.
+    """Average chroma over 5x5 pixels; the mean of a pixel's colours stays as it is.
 
     Few steps left twice the truth's grain in the colours of real clips (LOG.md).
 

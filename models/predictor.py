@@ -11,16 +11,16 @@ from models.modules.layers import ConvNormAct, zero_module
 from models.modules.temporal_attention import sinusoidal_embedding
 
 # With the denoiser's 32 groups, each pair of channels would be normed by itself, which erases its
-# level; at full size this cost 1.3 dB (LOG.md).
+# mean; at full size this cost 1.3 dB (LOG.md).
 NORM_GROUPS = 4
-# Of the natural logarithm of the expected error: from 0.1 grey levels to half the range.
+# Natural logarithm of the expected error: from 0.1 grey levels to half the range.
 LOG_ERROR_RANGE = (-7.0, 0.0)
 FIRST_LOG_ERROR = -3.0
-# Displacements of each end, and the logarithm of the second one's weight at first: equal ones
+# Each end is warped twice. At first the second warp has a weight of exp(-2), as two equal ones
 # would learn the same.
 WARPS = 2
 SECOND_WARP = -2.0
-# Of the energy of details: a tenth of a grey level between neighbours.
+# Differences of details below it count as none: a tenth of a grey level between neighbours.
 ROUNDING = 1e-6
 
 
@@ -30,7 +30,7 @@ class Guess(NamedTuple):
     frames: Tensor  # the middle, [B,C,M,H,W] in about [-1, 1]
     log_error: Tensor  # natural log of its expected absolute error, [B,1,M,H,W] in LOG_ERROR_RANGE
     warped: Tensor  # both nearest observed frames, moved to each time, [B,2*C,M,H,W]
-    sharp: Tensor  # the middle with less of a mean in it, as `frames`: what samples show
+    sharp: Tensor  # as `frames`, but leaning to one of the warps: what samples are made of
 
 
 class FramePredictor(nn.Module):
@@ -40,7 +40,7 @@ class FramePredictor(nn.Module):
     place of the finest level. The features of its medium level are modulated by the time of a
     middle frame and by a code; from there each frame is decoded by itself into displacements,
     blending weights, a correction and its expected error. The code of zeros gives the mean, any
-    other one way in which the middle may have gone. An untrained predictor is the cross-fade.
+    other code one possible middle. An untrained predictor is the cross-fade.
 
     Args:
         image_channels: C, 3 or 1.
@@ -49,10 +49,10 @@ class FramePredictor(nn.Module):
         patch: side in pixels of what the finest level sees at each place.
         any_length: whether a channel tells the length of the gap, for training on several.
         code_size: numbers in a code.
-        contrast: of the weights in sharp frames: 1 = the blend, more = nearer to one warp alone.
-        code_scale: deviation of the codes of samples; more = samples differ more.
+        contrast: factor on the weights' logits in sharp frames; 1 = the blend, more = one warp.
+        code_scale: standard deviation of the codes of samples; more = samples differ more.
 
-    The last two leave training and `frames` as they are; LOG.md says how they were chosen.
+    The last two change neither training nor `frames`; LOG.md says how they were chosen.
     Source: warps from both ends and a mask, as in Huang et al. 2022, arXiv:2011.06294 (RIFE).
     """
 
@@ -110,8 +110,7 @@ class FramePredictor(nn.Module):
             start_context: [B,C,K,H,W] in [-1, 1], sides of 8 pixels or more.
             end_context: the same shape.
             num_middle: frames M to predict.
-            code: which of the possible middles, about normally distributed, [B,code_size]; None
-                = zeros, their mean.
+            code: selects one of the possible middles, [B,code_size]; None = zeros, their mean.
         """
         b, *_, h, w = start_context.shape
         if code is None:
@@ -131,20 +130,20 @@ class FramePredictor(nn.Module):
         warps = torch.stack(
             [warp(*pair) for pair in zip(ends, motion.split(2, dim=1), strict=True)]
         )
-        first = SECOND_WARP * torch.arange(WARPS, device=times.device)
+        offsets = SECOND_WARP * torch.arange(WARPS, device=times.device)
         cross_fade = torch.stack([(1 - times).log(), times.log()], dim=1)  # [M,2]
-        cross_fade = (cross_fade[:, :, None] + first).flatten(1)  # [M,2*WARPS]
+        cross_fade = (cross_fade[:, :, None] + offsets).flatten(1)  # [M,2*WARPS]
         weights = weights + cross_fade.repeat(b, 1)[:, :, None, None]
         frames = blend(warps, weights) + correction
         log_error = (log_error + FIRST_LOG_ERROR).clamp(*LOG_ERROR_RANGE)
-        # What a reader of the guess sees of each end: its warps by their weights.
+        # For the denoiser: each end's warps, blended.
         warped = [
             blend(side, weight)
             for side, weight in zip(warps.chunk(2), weights.chunk(2, dim=1), strict=True)
         ]
 
-        # Where the weights are in doubt an arm dissolves between warps, so sharp frames lean to one
-        # of them, and a correction that smooths them is left out.
+        # Undecided weights dissolve a moving object, so sharp frames lean to one warp; where a
+        # correction smooths them it is left out.
         sharp = blend(warps, self.contrast * weights)
         smooths = detail_energy(sharp + correction) < detail_energy(sharp) - ROUNDING
         sharp = sharp + correction * ~smooths
