@@ -2,10 +2,10 @@
 
     residual = (middle - prediction) / scale
 
-Loss and sampler treat residuals as they treat frames. The scale, one
-per pixel and near the predictor's error, gives residuals about the variance of the noise and
-keeps the noise away from where the predictor is sure. Where it is sure and wrong, residuals of
-hundreds of scales would outweigh all others in the loss: they are cut at RESIDUAL_LIMIT.
+Loss and sampler treat residuals as they treat frames. The scale, one per pixel and near the
+predictor's error, gives residuals about the variance of the noise and keeps the noise away from
+where the predictor is sure. Where it is sure and wrong, residuals of hundreds of scales would
+outweigh all others in the loss: they are cut at RESIDUAL_LIMIT.
 
 Source: Whang et al. 2022, arXiv:2112.02475; Mardani et al. 2023, arXiv:2309.15214 (CorrDiff).
 """

@@ -155,9 +155,9 @@ class FramePredictor(nn.Module):
     def encode(
         self, start_context: Tensor, end_context: Tensor, num_middle: int
     ) -> tuple[Tensor, Tensor]:
-        """Features of a clip's fine and medium level: [B,width,h,w] and [B,2*width,h/2,w/2].
+        """Features of the fine and medium level: [B,width,h,w] and [B,2*width,h/2,w/2].
 
-        h and w are patches, and both levels are rounded up.
+        h = H / patch, w = W / patch; all sides are rounded up.
         """
         observed = torch.cat([start_context, end_context], dim=2).flatten(1, 2)  # [B,2*K*C,H,W]
         h, w = observed.shape[-2:]
